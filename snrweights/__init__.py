@@ -1,0 +1,48 @@
+"""Loss weights over the noise level for diffusion training.
+
+>>> import torch
+>>> import snrweights
+>>> snrweights.loss_weight(torch.tensor([10, 500]), "linear", "min_snr", prediction_type="epsilon", gamma=5)
+tensor([0.0107, 1.0000])
+"""
+
+from snrweights import weightings  # registers the weightings
+from snrweights.losses import loss_weight, per_sample_mse, weighted_loss
+from snrweights.objective import Objective, objective
+from snrweights.schedulers import as_schedule
+from snrweights.schedules import CosineSchedule, DiscreteSchedule, EDMSchedule, FlowSchedule
+from snrweights.tracking import LossVarianceTracker
+from snrweights.version import __version__
+from snrweights.weightings.base import (
+    BoundWeighting,
+    Weighting,
+    get_weighting,
+    hyper,
+    list_weightings,
+    register_weighting,
+)
+from snrweights.weightings.clipped import Match, match
+
+__all__ = [
+    "BoundWeighting",
+    "CosineSchedule",
+    "DiscreteSchedule",
+    "EDMSchedule",
+    "FlowSchedule",
+    "LossVarianceTracker",
+    "Match",
+    "Objective",
+    "Weighting",
+    "__version__",
+    "as_schedule",
+    "get_weighting",
+    "hyper",
+    "list_weightings",
+    "loss_weight",
+    "match",
+    "objective",
+    "per_sample_mse",
+    "register_weighting",
+    "weighted_loss",
+    "weightings",
+]

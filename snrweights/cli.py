@@ -1,0 +1,88 @@
+"""The ``snrweights`` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from snrweights import plots, report
+from snrweights.densities import DENSITIES
+from snrweights.predictions import PREDICTION_TYPES
+from snrweights.schedulers import schedule_names
+from snrweights.version import __version__
+from snrweights.weightings.base import Weighting, get_weighting
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, float | str]:
+    """Turn ``["gamma=5", "coords=ve"]`` into hyperparameters.
+
+    Example:
+        >>> parse_settings(["gamma=5", "coords=ve"])
+        {'gamma': 5.0, 'coords': 've'}
+    """
+    values: dict[str, float | str] = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals or not name or not text:
+            raise ValueError(f"`--set` takes NAME=VALUE, got {setting!r}.")
+        try:
+            values[name] = float(text)
+        except ValueError:
+            values[name] = text
+    return values
+
+
+def _labelled(specification: str) -> tuple[str, Weighting]:
+    """Read ``min_snr`` or ``min_snr:gamma=5,other=1``."""
+    name, _, settings = specification.partition(":")
+    return specification, get_weighting(name, **parse_settings(settings.split(",") if settings else []))
+
+
+def _methods(arguments: argparse.Namespace) -> None:
+    print(report.methods_table(markdown=arguments.markdown))
+
+
+def _plot(arguments: argparse.Namespace) -> None:
+    figure = plots.plot_weights(
+        arguments.schedule,
+        dict(_labelled(text) for text in arguments.methods),
+        prediction_type=arguments.prediction_type,
+        density=arguments.density,
+    )
+    plots.save(figure, arguments.output)
+    print(f"Wrote {arguments.output}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="snrweights", description="Loss weights over the noise level for diffusion training.")
+    parser.add_argument("--version", action="version", version=f"snrweights {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    methods = commands.add_parser("methods", help="print the table of weightings")
+    methods.add_argument("--markdown", action="store_true", help="as a Markdown table")
+    methods.set_defaults(run=_methods)
+
+    plot = commands.add_parser("plot", help="draw weights and objectives over log-SNR")
+    plot.add_argument("--schedule", default="linear", choices=schedule_names(), help="noise schedule (default: linear)")
+    plot.add_argument(
+        "--methods", nargs="+", required=True, metavar="METHOD", help="names, or with values: min_snr:gamma=5"
+    )
+    plot.add_argument(
+        "--prediction-type", default="epsilon", choices=PREDICTION_TYPES, help="of the model (default: epsilon)"
+    )
+    plot.add_argument("--density", choices=list(DENSITIES), help="of the timesteps drawn (default: the schedule's own)")
+    plot.add_argument("-o", "--output", default="weights.png", help="file to write (default: weights.png)")
+    plot.set_defaults(run=_plot)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        print(f"snrweights {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,384 @@
+"""Densities over log-SNR: where on the noise axis a training loop draws its timesteps.
+
+Each is given by its quantile function, from a uniform u in (0, 1) to log-SNR, and its log-density. All in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import singledispatch
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from snrweights.predictions import LIMIT, softplus
+from snrweights.schedules import CosineSchedule, DiscreteSchedule, EDMSchedule, FlowSchedule, Schedule
+
+_HALF_LN_2PI = 0.5 * math.log(2 * math.pi)
+
+
+@runtime_checkable
+class Density(Protocol):
+    """A density p over log-SNR."""
+
+    def log_prob(self, log_snr: Tensor) -> Tensor:
+        """Return ln p(log_snr), any shape, float64; -inf where there is no mass."""
+
+    def icdf(self, u: Tensor) -> Tensor:
+        """Return the log-SNR below which the mass u lies, u in (0, 1)."""
+
+
+def sample(density: Density, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
+    """Draw log-SNR values of a density, float64.
+
+    Example:
+        >>> sample(FlowUniform(), (2,), torch.Generator().manual_seed(0)).shape
+        torch.Size([2])
+    """
+    u = torch.rand(shape, generator=generator, dtype=torch.float64)
+    return density.icdf(u.clamp(2.0**-54, 1 - 2.0**-53))
+
+
+def mean_nodes(density: Density) -> tuple[Tensor, Tensor]:
+    """Return log-SNR nodes and weights (summing to 1) whose weighted sum is the mean of a function under the density.
+
+    A table's own points for a discrete schedule, else tanh-sinh quadrature in u, which bears integrable poles at the
+    ends.
+    """
+    if isinstance(density, TableDensity):
+        n = len(density.log_snr)
+        return density.log_snr, torch.full((n,), 1 / n, dtype=torch.float64)
+    x = torch.linspace(-3.6, 3.6, 8193, dtype=torch.float64)
+    u = torch.sigmoid(math.pi * torch.sinh(x))
+    weight = torch.cosh(x) * u * torch.sigmoid(-math.pi * torch.sinh(x))
+    inside = (u > 0) & (u < 1)
+    return density.icdf(u[inside]), weight[inside] / weight[inside].sum()
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Uniform t on the cosine schedule: l = -2 ln tan(pi u / 2) + shift, p = sech((l - shift) / 2) / (2 pi).
+
+    ``shift = 2 ln(64 / resolution)`` for a shifted schedule (arXiv 2301.11093). SD3's "cosmap" draws are this density
+    with shift 0.
+
+    Example:
+        >>> Cosine().log_prob(torch.zeros(1)).exp() * 2 * math.pi
+        tensor([1.], dtype=torch.float64)
+    """
+
+    shift: float = 0.0
+
+    def log_prob(self, log_snr: Tensor) -> Tensor:
+        """Return ln p, any shape."""
+        half = (log_snr.double() - self.shift).abs() / 2
+        return -half - softplus(-2 * half) - math.log(math.pi)
+
+    def icdf(self, u: Tensor) -> Tensor:
+        """Return the quantile of u."""
+        u = u.double()
+        return self.shift - 2 * torch.log(torch.sin(math.pi / 2 * (1 - u))) + 2 * torch.log(torch.sin(math.pi / 2 * u))
+
+
+@dataclass(frozen=True)
+class FlowUniform:
+    """Uniform time on a straight flow with shift k: l = 2 ln((1 - u) / u) - 2 ln k, p = sech²((l + 2 ln k) / 4) / 8.
+
+    Source: Esser 2024 (arXiv 2403.03206).
+
+    Example:
+        >>> FlowUniform(shift=3.0).icdf(torch.tensor([0.75]))
+        tensor([1.1102e-16], dtype=torch.float64)
+    """
+
+    shift: float = 1.0
+
+    def log_prob(self, log_snr: Tensor) -> Tensor:
+        """Return ln p, any shape."""
+        half = (log_snr.double() / 2 + math.log(self.shift)).abs()
+        return -half - 2 * softplus(-half) - math.log(2)
+
+    def icdf(self, u: Tensor) -> Tensor:
+        """Return the quantile of u."""
+        return 2 * torch.logit(u.double()) - 2 * math.log(self.shift)
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Log-SNR ~ N(mean, std²); see ``log_normal_sigma`` and ``logit_normal`` for its two uses.
+
+    Example:
+        >>> Normal(0.0, 2.0).icdf(torch.tensor([0.5]))
+        tensor([0.], dtype=torch.float64)
+    """
+
+    mean: float
+    std: float
+
+    def __post_init__(self) -> None:
+        _positive("std", self.std)
+
+    def log_prob(self, log_snr: Tensor) -> Tensor:
+        """Return ln p, any shape."""
+        z = (log_snr.double() - self.mean) / self.std
+        return -0.5 * z * z - math.log(self.std) - _HALF_LN_2PI
+
+    def icdf(self, u: Tensor) -> Tensor:
+        """Return the quantile of u."""
+        return self.mean + self.std * torch.special.ndtri(u.double())
+
+
+def log_normal_sigma(mean: float = -1.2, std: float = 1.2) -> Normal:
+    """EDM's ln sigma ~ N(P_mean, P_std²), hence l ~ N(-2 P_mean, (2 P_std)²) (Karras 2022, arXiv 2206.00364).
+
+    Example:
+        >>> log_normal_sigma()
+        Normal(mean=2.4, std=2.4)
+    """
+    return Normal(-2.0 * mean, 2.0 * std)
+
+
+def logit_normal(mean: float = 0.0, std: float = 1.0, shift: float = 1.0, *, reversed: bool = False) -> Normal:
+    """SD3's logit(t) ~ N(mean, std²) on a straight flow (Esser 2024, arXiv 2403.03206).
+
+    With t = 1 at noise, l ~ N(-2 mean - 2 ln k, (2 std)²). diffusers' training scripts use the draw as an index into a
+    *descending* table of timesteps: ``reversed=True``, l ~ N(+2 mean - 2 ln k, (2 std)²).
+
+    Example:
+        >>> logit_normal(0.5), logit_normal(0.5, reversed=True)
+        (Normal(mean=-1.0, std=2.0), Normal(mean=1.0, std=2.0))
+    """
+    _positive("shift", shift)
+    return Normal((2.0 if reversed else -2.0) * mean - 2 * math.log(shift), 2.0 * std)
+
+
+@dataclass(frozen=True)
+class LogUniform:
+    """Sigma log-uniform on [sigma_min, sigma_max]: l uniform on [-2 ln sigma_max, -2 ln sigma_min].
+
+    Example:
+        >>> LogUniform(0.1, 10.0).icdf(torch.tensor([0.5]))
+        tensor([0.], dtype=torch.float64)
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+
+    def __post_init__(self) -> None:
+        _positive("sigma_min", self.sigma_min)
+        _positive("sigma_max - sigma_min", self.sigma_max - self.sigma_min)
+
+    def log_prob(self, log_snr: Tensor) -> Tensor:
+        """Return ln p, any shape; -inf outside the range."""
+        l = log_snr.double()
+        low, high = -2 * math.log(self.sigma_max), -2 * math.log(self.sigma_min)
+        slack = 1e-9  # the ends themselves belong to the range, also after a rounding
+        inside = (l >= low - slack) & (l <= high + slack)
+        return torch.where(inside, -math.log(high - low), -math.inf)
+
+    def icdf(self, u: Tensor) -> Tensor:
+        """Return the quantile of u."""
+        low, high = -2 * math.log(self.sigma_max), -2 * math.log(self.sigma_min)
+        return low + (high - low) * u.double()
+
+
+@dataclass(frozen=True)
+class Laplace:
+    """Laplace density, p = exp(-|l - loc| / scale) / (2 scale) (Hang 2024, arXiv 2407.03297).
+
+    Example:
+        >>> Laplace().icdf(torch.tensor([0.5]))
+        tensor([0.], dtype=torch.float64)
+    """
+
+    loc: float = 0.0
+    scale: float = 0.5
+
+    def __post_init__(self) -> None:
+        _positive("scale", self.scale)
+
+    def log_prob(self, log_snr: Tensor) -> Tensor:
+        """Return ln p, any shape."""
+        return -(log_snr.double() - self.loc).abs() / self.scale - math.log(2 * self.scale)
+
+    def icdf(self, u: Tensor) -> Tensor:
+        """Return the quantile of u."""
+        u = u.double()
+        return self.loc + self.scale * torch.where(u < 0.5, torch.log(2 * u), -torch.log(2 * (1 - u)))
+
+
+@dataclass(frozen=True)
+class Cauchy:
+    """Cauchy density, p = 1 / (pi scale (1 + ((l - loc) / scale)²)) (Hang 2024, arXiv 2407.03297).
+
+    Example:
+        >>> Cauchy().log_prob(torch.zeros(1)).exp() * math.pi
+        tensor([1.], dtype=torch.float64)
+    """
+
+    loc: float = 0.0
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive("scale", self.scale)
+
+    def log_prob(self, log_snr: Tensor) -> Tensor:
+        """Return ln p, any shape."""
+        z = (log_snr.double() - self.loc) / self.scale
+        return -torch.log1p(z * z) - math.log(math.pi * self.scale)
+
+    def icdf(self, u: Tensor) -> Tensor:
+        """Return the quantile of u."""
+        return self.loc + self.scale * torch.tan(math.pi * (u.double() - 0.5))
+
+
+@dataclass(frozen=True)
+class Mode:
+    """SD3's mode density on a straight flow: t = 1 - u - s (cos²(pi u / 2) - 1 + u) (arXiv 2403.03206).
+
+    ``reversed=True`` where t indexes a descending table, as in diffusers' scripts (see ``logit_normal``).
+
+    Example:
+        >>> round(Mode().icdf(torch.tensor([0.5])).item(), 12)
+        0.0
+    """
+
+    scale: float = 1.29
+    shift: float = 1.0
+    reversed: bool = False
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.scale <= 2 / (math.pi - 2):
+            raise ValueError(f"`Mode(scale=...)` must be in [-1, {2 / (math.pi - 2):.3f}] (monotone), got {self.scale}.")
+        _positive("shift", self.shift)
+
+    def _time(self, u: Tensor) -> Tensor:
+        return 1 - u - self.scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
+
+    def icdf(self, u: Tensor) -> Tensor:
+        """Return the quantile of u."""
+        u = u.double()  # time falls with u, so log-SNR rises; the map is symmetric under u -> 1 - u, t -> 1 - t
+        t = self._time(u)
+        return 2 * (torch.log(self._time(1 - u)) - torch.log(t)) - 2 * math.log(self.shift)
+
+    def log_prob(self, log_snr: Tensor) -> Tensor:
+        """Return ln p, any shape, by bisection for u."""
+        target = log_snr.double().clamp(-LIMIT, LIMIT)
+        low, high = torch.zeros_like(target), torch.ones_like(target)
+        for _ in range(60):
+            middle = (low + high) / 2
+            below = self.icdf(middle) < target
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        u = (low + high) / 2
+        slope = (1 + self.scale - self.scale * math.pi / 2 * torch.sin(math.pi * u)).abs()  # |dt / du|
+        half = (target / 2 + math.log(self.shift)).abs()  # |dl / dt| = 2 / (t (1 - t))
+        return -half - 2 * softplus(-half) - math.log(2) - torch.log(slope)
+
+
+@dataclass(frozen=True, eq=False)
+class TableDensity:
+    """Uniform timesteps of a discrete schedule: p = 1 / (T |dl/dt|), by central differences, one-sided at the ends.
+
+    A timestep at infinite log-SNR (zero terminal SNR) is an atom of mass 1/T, kept apart: ``log_prob`` is -inf there.
+    Between the timesteps ln p is interpolated; beyond the last finite ones it is -inf.
+
+    Args:
+        log_snr: (T,) float64, non-increasing.
+    """
+
+    log_snr: Tensor
+    _finite: Tensor = field(init=False, repr=False)
+    _log_density: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        finite = self.log_snr[self.log_snr.isfinite()].flip(0)  # ascending, as searchsorted wants it
+        (slope,) = torch.gradient(finite)
+        object.__setattr__(self, "_finite", finite)
+        object.__setattr__(self, "_log_density", -torch.log(slope * len(self.log_snr)))
+
+    def log_prob(self, log_snr: Tensor) -> Tensor:
+        """Return ln p, any shape."""
+        l = log_snr.double()
+        right = torch.searchsorted(self._finite, l.contiguous()).clamp(1, len(self._finite) - 1)
+        x0, x1 = self._finite[right - 1], self._finite[right]
+        y0, y1 = self._log_density[right - 1], self._log_density[right]
+        inside = (l >= self._finite[0]) & (l <= self._finite[-1])
+        fraction = torch.where(inside, (l - x0) / (x1 - x0), 0.0)
+        value = torch.where(fraction == 1, y1, y0 + fraction * (y1 - y0))
+        return torch.where(inside, value, -math.inf)
+
+    def icdf(self, u: Tensor) -> Tensor:
+        """Return the log-SNR of the timestep at quantile u (a step function: the draws are discrete)."""
+        steps = len(self.log_snr)
+        index = (steps * (1 - u.double())).ceil().long().clamp(1, steps) - 1
+        return self.log_snr[index]
+
+
+@singledispatch
+def default_density(schedule: Schedule) -> Density:
+    """Return the density of a loop that draws uniformly over the schedule's timesteps.
+
+    For EDMSchedule over sigma, which nobody draws uniformly, it is the paper's log-normal (-1.2, 1.2).
+
+    Example:
+        >>> default_density(FlowSchedule(shift=3.0))
+        FlowUniform(shift=3.0)
+    """
+    return TableDensity(schedule.log_snr(schedule.grid()))
+
+
+@default_density.register
+def _(schedule: DiscreteSchedule) -> Density:
+    return TableDensity(schedule.log_snr_table)
+
+
+@default_density.register
+def _(schedule: CosineSchedule) -> Density:
+    return Cosine(2 * math.log(64 / schedule.resolution))
+
+
+@default_density.register
+def _(schedule: FlowSchedule) -> Density:
+    return FlowUniform(schedule.shift)
+
+
+@default_density.register
+def _(schedule: EDMSchedule) -> Density:
+    return log_normal_sigma()
+
+
+DENSITIES = {
+    "cosine": Cosine,
+    "flow_uniform": FlowUniform,
+    "log_normal_sigma": log_normal_sigma,
+    "logit_normal": logit_normal,
+    "log_uniform": LogUniform,
+    "laplace": Laplace,
+    "cauchy": Cauchy,
+    "mode": Mode,
+}
+
+
+def as_density(density: Density | str | None, schedule: Schedule) -> Density:
+    """Return a density from itself, its name (with default parameters) or None (the schedule's own).
+
+    Raises:
+        ValueError: unknown name.
+        TypeError: neither of the three.
+    """
+    if density is None:
+        return default_density(schedule)
+    if isinstance(density, str):
+        if density not in DENSITIES:
+            raise ValueError(f"Unknown density {density!r}; choose one of {list(DENSITIES)}.")
+        return DENSITIES[density]()  # type: ignore[operator, no-any-return]
+    if isinstance(density, Density):
+        return density
+    raise TypeError(f"`density` must be a Density, a name in {list(DENSITIES)} or None, got {type(density).__name__}.")
+
+
+def _positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"`{name}` must be > 0, got {value!r}.")

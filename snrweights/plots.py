@@ -1,0 +1,132 @@
+"""Figures. matplotlib is imported inside the functions, on its Agg canvas: no display, no global state."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from snrweights.densities import Density
+from snrweights.objective import epsilon_log_weight, objective
+from snrweights.schedulers import as_schedule
+from snrweights.tracking import LossStatistics
+from snrweights.weightings.base import Weighting, get_weighting
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe & Ito's colours, told apart by colour-blind readers, and line styles for black and white
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_STYLES = ("-", "--", "-.", ":")
+_X_LABEL = "log-SNR   (noise  ←   → clean)"
+
+
+def _figure(columns: int) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("Figures need matplotlib: pip install 'snrweights[plots]'.") from None
+    return Figure(figsize=(5.2 * columns, 3.6), layout="constrained", dpi=150)
+
+
+def _finish(ax: Axes, title: str, y_label: str) -> None:
+    ax.set_title(title, fontsize=10)
+    ax.set_xlabel(_X_LABEL)
+    ax.set_ylabel(y_label)
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure; the suffix says the format."""
+    path = Path(path)
+    choices = sorted(figure.canvas.get_supported_filetypes())
+    if path.suffix[1:].lower() not in choices:
+        raise ValueError(f"`path` {os.fspath(path)!r} must end in one of {choices}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def plot_weights(
+    schedule: Any,
+    methods: Sequence[str] | Mapping[str, Weighting],
+    *,
+    prediction_type: str | None = None,
+    density: Density | str | None = None,
+) -> Figure:
+    """Draw weights on the epsilon MSE, at mean 1, and the objectives they amount to, over log-SNR.
+
+    Args:
+        schedule: whatever ``as_schedule`` reads.
+        methods: names of weightings, or labels with weightings.
+        prediction_type: of the model; matters for ``native`` alone.
+        density: as for ``loss_weight``.
+
+    Returns:
+        A matplotlib figure of two axes; see ``save``.
+
+    Raises:
+        ValueError: no method, or an unknown one.
+
+    Example:
+        >>> len(plot_weights("linear", ["min_snr", "smoothed_kl"], prediction_type="epsilon").axes)
+        2
+    """
+    if not methods:
+        raise ValueError("`methods` is empty; give at least one.")
+    if not isinstance(methods, Mapping):
+        methods = {name: get_weighting(name) for name in methods}
+    schedule = as_schedule(schedule)
+    figure = _figure(2)
+    left, right = figure.subplots(1, 2)
+    options: dict[str, Any] = {"prediction_type": prediction_type, "density": density}
+    for i, (label, weighting) in enumerate(methods.items()):
+        style: dict[str, Any] = {"color": _COLOURS[i % len(_COLOURS)], "ls": _STYLES[i % len(_STYLES)], "label": label}
+        result = objective(schedule, weighting, **options)
+        curve = weighting.curve(schedule, **options)
+        weight = epsilon_log_weight(curve, result.log_snr).exp()
+        left.plot(result.log_snr, weight / _mean_on(curve.density, result.log_snr, weight), **style)
+        right.plot(result.log_snr, result.w_kg, **style)
+    left.set_yscale("log")
+    left.set_ylim(bottom=max(left.get_ylim()[0], 1e-4), top=min(left.get_ylim()[1], 1e4))
+    _finish(left, "weight on the ε error", "weight (mean 1)")
+    _finish(right, "what is optimised: density × weight", "objective (maximum 1)")
+    right.set_ylim(bottom=0)
+    left.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _mean_on(density: Density, log_snr: Tensor, weight: Tensor) -> float:
+    p = density.log_prob(log_snr).exp()
+    return float(torch.trapezoid(p * weight, log_snr) / torch.trapezoid(p, log_snr))
+
+
+def plot_loss_by_noise(statistics: LossStatistics, *, label: str = "training") -> Figure:
+    """Draw mean and standard deviation of the unweighted loss over log-SNR, and how many samples each bin has.
+
+    Example:
+        >>> from snrweights.tracking import LossVarianceTracker
+        >>> tracker = LossVarianceTracker()
+        >>> tracker.update(torch.tensor([0.1, 0.2]), torch.tensor([0.0, 0.0]))
+        >>> len(plot_loss_by_noise(tracker.compute()).axes)
+        2
+    """
+    figure = _figure(2)
+    left, right = figure.subplots(1, 2)
+    seen = statistics.count > 0
+    centres = ((statistics.edges[1:] + statistics.edges[:-1]) / 2)[seen]
+    mean, deviation = statistics.mean[seen], statistics.variance[seen].sqrt()
+    left.plot(centres, mean, color=_COLOURS[0], marker="o", ms=3, label=f"{label}: mean")
+    left.plot(centres, deviation, color=_COLOURS[1], marker="s", ms=3, ls="--", label=f"{label}: standard deviation")
+    left.set_yscale("log")
+    left.legend(frameon=False, fontsize=9)
+    _finish(left, "unweighted loss by noise level", "loss per sample")
+    width = float(statistics.edges[1] - statistics.edges[0])
+    right.bar(centres, statistics.count[seen], width=0.9 * width, color=_COLOURS[5])
+    _finish(right, "where the samples were", "samples per bin")
+    return figure

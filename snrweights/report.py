@@ -1,0 +1,29 @@
+"""Tables from the registry and from results."""
+
+from __future__ import annotations
+
+from snrweights.weightings.base import _REGISTRY, Weighting
+
+_HEAD = ("method", "formula", "hyperparameters", "source")
+
+
+def _row(cls: type[Weighting]) -> tuple[str, str, str, str]:
+    hyperparameters = ", ".join(f"{name}={default}" for name, default in cls.hyperparameters().items())
+    return cls.name, cls.formula, hyperparameters, cls.source
+
+
+def methods_table(*, markdown: bool = False) -> str:
+    """Return the table of registered weightings, as aligned text or as Markdown.
+
+    Example:
+        >>> "min_snr" in methods_table()
+        True
+    """
+    rows = [_row(cls) for cls in _REGISTRY.values()]
+    if markdown:
+        lines = [f"| `{name}` | {formula} | {hyper} | {source} |" for name, formula, hyper, source in rows]
+        return "\n".join(["| " + " | ".join(_HEAD) + " |", "|---" * len(_HEAD) + "|", *lines])
+    widths = [max(len(row[i]) for row in [_HEAD, *rows]) for i in range(len(_HEAD))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [_HEAD, *rows]
+    )

@@ -1,0 +1,353 @@
+"""What a weighting is, where weightings are registered, and how one is bound to a schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform
+
+import torch
+from torch import Tensor
+
+from snrweights.densities import Density, as_density, mean_nodes
+from snrweights.predictions import LIMIT, check_prediction_type, convert_log_weight
+from snrweights.schedulers import as_schedule
+from snrweights.schedules import DiscreteSchedule, Schedule, lookup
+
+Normalize = Literal["mean"] | None
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def hyper(default: Any, *, above: float | None = None, choices: tuple[str, ...] | None = None) -> Any:
+    """Declare a hyperparameter: a finite number (``> above`` if given), or one of ``choices``."""
+    return dataclasses.field(default=default, metadata={"above": above, "choices": choices})
+
+
+class Weighting(ABC):
+    """One weighting: a formula over log-SNR, on the MSE of the target in which it is simplest.
+
+    Subclass it under ``@register_weighting``, declare hyperparameters with ``hyper`` and write ``log_weight``. The
+    conversion table turns it into every other target.
+
+    Attributes:
+        name: its name in the registry.
+        target: what ``log_weight`` multiplies: a prediction type; ``"native"``, the loss's own target whatever it is;
+            or ``"objective"``, where it is w_KG and the weight is w_KG / p with p the density of the draws.
+        formula: for people, in w_eps, w_x0 or w_KG.
+        source: the paper.
+    """
+
+    name: ClassVar[str]
+    target: ClassVar[str]
+    formula: ClassVar[str]
+    source: ClassVar[str]
+    refuses_infinities: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            _check_hyperparameter(self, field)
+
+    @abstractmethod
+    def log_weight(self, log_snr: Tensor) -> Tensor:
+        """Return the natural logarithm of the weight at ``log_snr`` (any shape, float64, finite), same shape."""
+
+    def for_schedule(self, schedule: Schedule) -> Weighting:
+        """Return the weighting with what depends on the schedule filled in; by default itself."""
+        del schedule
+        return self
+
+    @classmethod
+    def hyperparameters(cls) -> dict[str, Any]:
+        """Return names and defaults of the hyperparameters."""
+        return {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+
+    def curve(
+        self,
+        schedule: Any,
+        *,
+        prediction_type: str | None = None,
+        density: Density | str | None = None,
+        normalize: Normalize = None,
+        clamp_max: float | None = None,
+    ) -> WeightCurve:
+        """Return the weight as a function of log-SNR, in float64; arguments as for ``bind``."""
+        schedule = as_schedule(schedule)
+        prediction_type = check_prediction_type(prediction_type or schedule.prediction_type)
+        if normalize not in ("mean", None):
+            raise ValueError(f"`normalize` must be 'mean' or None, got {normalize!r}.")
+        if clamp_max is not None and not clamp_max > 0:
+            raise ValueError(f"`clamp_max` must be > 0, got {clamp_max!r}.")
+        curve = WeightCurve(
+            self.for_schedule(schedule), prediction_type, as_density(density, schedule), schedule.sigma_data, clamp_max
+        )
+        return curve.normalized() if normalize == "mean" else curve
+
+    def bind(
+        self,
+        schedule: Any,
+        *,
+        prediction_type: str | None = None,
+        density: Density | str | None = None,
+        normalize: Normalize = None,
+        clamp_max: float | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> BoundWeighting:
+        """Bind to a schedule: a snapshot that maps timesteps to weights, fast.
+
+        Args:
+            schedule: whatever ``as_schedule`` reads.
+            prediction_type: the target whose plain MSE the loss equals; default: what the schedule states.
+            density: density over log-SNR that the timesteps are really drawn from, or its name; default: uniform over
+                the schedule's timesteps. Weights defined by an objective and ``normalize`` need it.
+            normalize: ``"mean"`` scales the weight to average 1 under the density.
+            clamp_max: upper bound on the weight before normalisation, for weights that are infinite somewhere.
+            dtype: of the weights returned; tables are built in float64.
+
+        Returns:
+            A callable from t (B,) to weights (B,).
+
+        Raises:
+            ValueError: a bad argument, or a weight that is not finite on a timestep of the schedule.
+            TypeError: a schedule that cannot be read.
+
+        Example:
+            >>> bound = get_weighting("min_snr", gamma=5).bind("linear", prediction_type="v_prediction")
+            >>> bound(torch.tensor([0, 500]))
+            tensor([0.0005, 0.0723])
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"`dtype` must be one of {list(DTYPES)}, got {dtype!r}.")
+        schedule = as_schedule(schedule)
+        curve = self.curve(
+            schedule, prediction_type=prediction_type, density=density, normalize=normalize, clamp_max=clamp_max
+        )
+        grid = schedule.grid()
+        weights = curve(schedule.log_snr(grid)).to(dtype)
+        if self.refuses_infinities and not bool(weights.isfinite().all()):
+            raise ValueError(_not_finite(curve, grid, weights))
+        return BoundWeighting(curve, schedule, weights)
+
+
+@dataclass(frozen=True)
+class WeightCurve:
+    """A weight over log-SNR for one prediction type, in float64: ``curve(log_snr) -> w``, same shape.
+
+    Exact at infinite log-SNR. ``mean`` is its average under the density.
+    """
+
+    weighting: Weighting
+    prediction_type: str
+    density: Density
+    sigma_data: float | None = None
+    clamp_max: float | None = None
+    scale: float = 1.0
+
+    def __call__(self, log_snr: Tensor) -> Tensor:
+        """Return the weight at ``log_snr``, any shape."""
+        finite = log_snr.clamp(-LIMIT, LIMIT)
+        log_weight = self.weighting.log_weight(finite)
+        native = self.weighting.target
+        if native == "objective":
+            log_weight, native = log_weight - self.density.log_prob(log_snr), "epsilon"
+        if native != "native":
+            log_weight = convert_log_weight(log_weight, finite, native, self.prediction_type, self.sigma_data)
+        weight = log_weight.exp()
+        if self.clamp_max is not None:
+            weight = weight.clamp(max=self.clamp_max)
+        return weight if self.scale == 1.0 else weight * self.scale
+
+    def mean(self) -> float:
+        """Return the average weight under the density."""
+        nodes, mass = mean_nodes(self.density)
+        return float((self(nodes) * mass).sum())
+
+    def normalized(self) -> WeightCurve:
+        """Return the curve scaled to mean 1 under the density."""
+        mean = self.mean()
+        if not 0 < mean < math.inf:
+            raise ValueError(
+                f"`normalize='mean'`: {self.weighting.name!r} for {self.prediction_type!r} averages {mean} under "
+                f"{self.density}; give `clamp_max=` or a density that the weight is integrable under."
+            )
+        return dataclasses.replace(self, scale=self.scale / mean)
+
+
+class BoundWeighting:
+    """A weighting bound to a schedule; ``bound(t)`` returns weights of t's shape and is the hot path of a training loop.
+
+    Integer t on a discrete schedule is one gather from a table on t's device (copied there once); float t between two
+    timesteps interpolates the table; continuous schedules evaluate the formula. Nothing synchronises with the host.
+
+    Attributes:
+        curve: the weight as a function of log-SNR.
+        schedule: the schedule it was bound to.
+        dtype: of the weights returned.
+    """
+
+    def __init__(self, curve: WeightCurve, schedule: Schedule, weights: Tensor) -> None:
+        self.curve = curve
+        self.schedule = schedule
+        self.dtype = weights.dtype
+        self._discrete = isinstance(schedule, DiscreteSchedule)
+        self._table = {weights.device: weights}
+
+    def __repr__(self) -> str:
+        return (
+            f"BoundWeighting({self.curve.weighting!r}, prediction_type={self.curve.prediction_type!r}, "
+            f"schedule={type(self.schedule).__name__})"
+        )
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """Return the weights of timesteps ``t``, shape (B,) or ().
+
+        Raises:
+            IndexError: an integer ``t`` outside a discrete schedule (on an accelerator: a device assertion).
+            ValueError: ``t`` has more than one dimension.
+        """
+        if t.ndim > 1:
+            raise ValueError(f"`t` must have shape (B,) or (), got {tuple(t.shape)}.")
+        if not self._discrete:
+            return self.curve(self.schedule.log_snr(t)).to(self.dtype)
+        table = self._table.get(t.device)
+        if table is None:
+            table = self._table[t.device] = next(iter(self._table.values())).to(t.device)
+        if t.ndim == 1 and not t.is_floating_point():
+            try:
+                return table.index_select(0, t)
+            except IndexError:
+                self.schedule.check(t)
+                raise
+        return lookup(table, t)
+
+
+@dataclass(frozen=True)
+class CallableWeighting(Weighting):
+    """A user's function as a weighting: ``function(log_snr)`` returns w_eps, any shape, float64, non-negative."""
+
+    function: Callable[[Tensor], Tensor]
+    name: ClassVar[str] = "callable"
+    target: ClassVar[str] = "epsilon"
+    formula: ClassVar[str] = "the function given"
+    source: ClassVar[str] = "the user"
+
+    def __post_init__(self) -> None:
+        pass
+
+    def log_weight(self, log_snr: Tensor) -> Tensor:
+        """Return ln of what the function returns, checked."""
+        weight = self.function(log_snr)
+        if not isinstance(weight, Tensor) or weight.shape != log_snr.shape:
+            got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+            raise ValueError(f"The callable `method` must return a tensor of shape {tuple(log_snr.shape)}, got {got}.")
+        return weight.double().log()
+
+
+_REGISTRY: dict[str, type[Weighting]] = {}
+W = TypeVar("W", bound=type[Weighting])
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(hyper,))
+def register_weighting(
+    name: str, *, target: str, formula: str = "", source: str = "", registry: dict[str, type[Weighting]] = _REGISTRY
+) -> Callable[[W], W]:
+    """Register a weighting under ``name``: a frozen dataclass of its hyperparameters with one method, ``log_weight``.
+
+    Args:
+        name: how users call it.
+        target: what ``log_weight`` multiplies; see ``Weighting.target``.
+        formula: shown by ``snrweights methods``.
+        source: likewise.
+        registry: where; the package's own by default.
+
+    Raises:
+        ValueError: the name is taken, or the target unknown.
+
+    Example:
+        >>> @register_weighting("doctest_cube", target="epsilon", formula="SNR^-power")
+        ... class Cube(Weighting):
+        ...     power: float = hyper(3.0, above=0)
+        ...     def log_weight(self, log_snr):
+        ...         return -self.power * log_snr
+        >>> get_weighting("doctest_cube", power=1.0).curve("flow", prediction_type="epsilon")(torch.ones(1).log())
+        tensor([1.])
+        >>> del _REGISTRY["doctest_cube"]
+    """
+    if target not in ("native", "objective"):
+        check_prediction_type(target)
+    if name in registry:
+        raise ValueError(f"Weighting {name!r} is registered already, as {registry[name].__name__}.")
+
+    def register(cls: W) -> W:
+        cls.name, cls.target, cls.formula, cls.source = name, target, formula, source
+        registry[name] = dataclass(frozen=True)(cls)
+        return registry[name]  # type: ignore[return-value]
+
+    return register
+
+
+def list_weightings() -> list[str]:
+    """Return the names of all registered weightings, in the order of registration.
+
+    Example:
+        >>> "min_snr" in list_weightings()
+        True
+    """
+    return list(_REGISTRY)
+
+
+def get_weighting(method: str | Weighting | Callable[[Tensor], Tensor], **hp: Any) -> Weighting:
+    """Return a weighting from its name and hyperparameters, from itself, or from a function w_eps(log_snr).
+
+    Raises:
+        ValueError: unknown name or hyperparameter, or a value outside its bounds; the message lists the choices.
+        TypeError: ``method`` is none of the three, or hyperparameters were given with something other than a name.
+
+    Example:
+        >>> get_weighting("min_snr", gamma=5)
+        MinSNR(gamma=5)
+    """
+    if isinstance(method, str):
+        return build(_REGISTRY, method, hp)
+    if hp:
+        raise TypeError(f"Hyperparameters {list(hp)} go with a method's name only, got `method` {method!r}.")
+    if isinstance(method, Weighting):
+        return method
+    if callable(method) and not isinstance(method, type):
+        return CallableWeighting(method)
+    raise TypeError(f"`method` must be a name in {list_weightings()}, a Weighting or a function, got {method!r}.")
+
+
+def build(registry: dict[str, type[Weighting]], name: str, hp: dict[str, Any]) -> Weighting:
+    """Instantiate ``registry[name](**hp)`` with messages that name the choices."""
+    if name not in registry:
+        raise ValueError(f"Unknown weighting {name!r}; choose one of {list(registry)}.")
+    known = list(registry[name].hyperparameters())
+    for key in hp:
+        if key not in known:
+            raise ValueError(f"Weighting {name!r} has no hyperparameter {key!r}; it takes {known}.")
+    return registry[name](**hp)
+
+
+def _check_hyperparameter(owner: Weighting, field: dataclasses.Field[Any]) -> None:
+    value, above, choices = getattr(owner, field.name), field.metadata.get("above"), field.metadata.get("choices")
+    what = f"`{type(owner).__name__}({field.name}=...)`"
+    if choices is not None:
+        if value not in choices:
+            raise ValueError(f"{what} must be one of {list(choices)}, got {value!r}.")
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{what} must be a finite number, got {value!r}.")
+    if above is not None and not value > above:
+        raise ValueError(f"{what} must be > {above:g}, got {value!r}.")
+
+
+def _not_finite(curve: WeightCurve, grid: Tensor, weights: Tensor) -> str:
+    bad = grid[~weights.isfinite()].tolist()
+    shown = ", ".join(f"{t:g}" for t in bad[:5]) + (f", ... ({len(bad)} in all)" if len(bad) > 5 else "")
+    return (
+        f"Weighting {curve.weighting.name!r} for prediction_type {curve.prediction_type!r} is not finite at t = "
+        f"{shown}: give `clamp_max=`, another prediction type, or a schedule that stops short of these timesteps."
+    )
