@@ -55,7 +55,9 @@ def _plot(arguments: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="snrweights", description="Loss weights over the noise level for diffusion training.")
+    parser = argparse.ArgumentParser(
+        prog="snrweights", description="Loss weights over the noise level for diffusion training."
+    )
     parser.add_argument("--version", action="version", version=f"snrweights {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 

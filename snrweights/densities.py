@@ -123,7 +123,7 @@ class Normal:
     def log_prob(self, log_snr: Tensor) -> Tensor:
         """Return ln p, any shape."""
         z = (log_snr.double() - self.mean) / self.std
-        return -0.5 * z * z - math.log(self.std) - _HALF_LN_2PI
+        return -z.square() / 2 - math.log(self.std) - _HALF_LN_2PI
 
     def icdf(self, u: Tensor) -> Tensor:
         """Return the quantile of u."""
@@ -172,10 +172,10 @@ class LogUniform:
 
     def log_prob(self, log_snr: Tensor) -> Tensor:
         """Return ln p, any shape; -inf outside the range."""
-        l = log_snr.double()
+        log_snr = log_snr.double()
         low, high = -2 * math.log(self.sigma_max), -2 * math.log(self.sigma_min)
         slack = 1e-9  # the ends themselves belong to the range, also after a rounding
-        inside = (l >= low - slack) & (l <= high + slack)
+        inside = (log_snr >= low - slack) & (log_snr <= high + slack)
         return torch.where(inside, -math.log(high - low), -math.inf)
 
     def icdf(self, u: Tensor) -> Tensor:
@@ -251,7 +251,9 @@ class Mode:
 
     def __post_init__(self) -> None:
         if not -1 <= self.scale <= 2 / (math.pi - 2):
-            raise ValueError(f"`Mode(scale=...)` must be in [-1, {2 / (math.pi - 2):.3f}] (monotone), got {self.scale}.")
+            raise ValueError(
+                f"`Mode(scale=...)` must be in [-1, {2 / (math.pi - 2):.3f}] (monotone), got {self.scale}."
+            )
         _positive("shift", self.shift)
 
     def _time(self, u: Tensor) -> Tensor:
@@ -300,12 +302,12 @@ class TableDensity:
 
     def log_prob(self, log_snr: Tensor) -> Tensor:
         """Return ln p, any shape."""
-        l = log_snr.double()
-        right = torch.searchsorted(self._finite, l.contiguous()).clamp(1, len(self._finite) - 1)
+        log_snr = log_snr.double()
+        right = torch.searchsorted(self._finite, log_snr.contiguous()).clamp(1, len(self._finite) - 1)
         x0, x1 = self._finite[right - 1], self._finite[right]
         y0, y1 = self._log_density[right - 1], self._log_density[right]
-        inside = (l >= self._finite[0]) & (l <= self._finite[-1])
-        fraction = torch.where(inside, (l - x0) / (x1 - x0), 0.0)
+        inside = (log_snr >= self._finite[0]) & (log_snr <= self._finite[-1])
+        fraction = torch.where(inside, (log_snr - x0) / (x1 - x0), 0.0)
         value = torch.where(fraction == 1, y1, y0 + fraction * (y1 - y0))
         return torch.where(inside, value, -math.inf)
 

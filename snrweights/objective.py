@@ -85,9 +85,7 @@ def objective(
     """
     schedule = as_schedule(schedule)
     weighting = get_weighting(method, **hp)
-    curve = weighting.curve(
-        schedule, prediction_type=prediction_type, density=density, clamp_max=clamp_max
-    )
+    curve = weighting.curve(schedule, prediction_type=prediction_type, density=density, clamp_max=clamp_max)
     nodes, mass = mean_nodes(curve.density)
     at_nodes = epsilon_log_weight(curve, nodes).exp()
 

@@ -106,8 +106,12 @@ def _mean_on(density: Density, log_snr: Tensor, weight: Tensor) -> float:
     return float(torch.trapezoid(p * weight, log_snr) / torch.trapezoid(p, log_snr))
 
 
-def plot_loss_by_noise(statistics: LossStatistics, *, label: str = "training") -> Figure:
+def plot_loss_by_noise(statistics: LossStatistics, *, target: str = "epsilon") -> Figure:
     """Draw mean and standard deviation of the unweighted loss over log-SNR, and how many samples each bin has.
+
+    Args:
+        statistics: of a tracker.
+        target: what the loss is the mean squared error of; for the axis.
 
     Example:
         >>> from snrweights.tracking import LossVarianceTracker
@@ -121,11 +125,11 @@ def plot_loss_by_noise(statistics: LossStatistics, *, label: str = "training") -
     seen = statistics.count > 0
     centres = ((statistics.edges[1:] + statistics.edges[:-1]) / 2)[seen]
     mean, deviation = statistics.mean[seen], statistics.variance[seen].sqrt()
-    left.plot(centres, mean, color=_COLOURS[0], marker="o", ms=3, label=f"{label}: mean")
-    left.plot(centres, deviation, color=_COLOURS[1], marker="s", ms=3, ls="--", label=f"{label}: standard deviation")
+    left.plot(centres, mean, color=_COLOURS[0], marker="o", ms=3, label="mean")
+    left.plot(centres, deviation, color=_COLOURS[1], marker="s", ms=3, ls="--", label="standard deviation")
     left.set_yscale("log")
     left.legend(frameon=False, fontsize=9)
-    _finish(left, "unweighted loss by noise level", "loss per sample")
+    _finish(left, "unweighted loss by noise level", f"mean squared error of {target}")
     width = float(statistics.edges[1] - statistics.edges[0])
     right.bar(centres, statistics.count[seen], width=0.9 * width, color=_COLOURS[5])
     _finish(right, "where the samples were", "samples per bin")

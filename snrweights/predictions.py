@@ -1,7 +1,7 @@
 """The one conversion table between prediction types.
 
-For one prediction expressed as every target y, ``||y - y_hat||² = R_y ||x0 - x0_hat||²``, so that weights of one and the
-same gradient field obey ``w_y R_y = w_x0``:
+For one prediction expressed as every target y, ``||y - y_hat||² = R_y ||x0 - x0_hat||²``, so that the weights of one
+and the same gradient field obey ``w_y R_y = w_x0``:
 
 =================  ==========================  =====================================
 target             definition                  R_y
@@ -37,7 +37,9 @@ def softplus(x: Tensor) -> Tensor:
 
 def _edm(log_snr: Tensor, sigma_data: float | None) -> Tensor:
     if sigma_data is None:
-        raise ValueError("`prediction_type='edm'` needs the schedule's `sigma_data`, got None; use EDMSchedule(sigma_data=...).")
+        raise ValueError(
+            "`prediction_type='edm'` needs the schedule's `sigma_data`, got None; use EDMSchedule(sigma_data=...)."
+        )
     return torch.logaddexp(log_snr, torch.full_like(log_snr, -2 * math.log(sigma_data)))
 
 

@@ -235,8 +235,10 @@ _READERS: list[tuple[Callable[[Any], bool], Callable[[Any], Schedule]]] = [
     (lambda s: _is_a(s, "MiniMaxH3Scheduler", "RFD4ProteinaScheduler"), _read_reversed_flow),
     (lambda s: _is_a(s, "DDPMWuerstchenScheduler"), _read_wuerstchen),
     (lambda s: _is_a(s, "CosineDPMSolverMultistepScheduler"), _read_arctangent),
-    (lambda s: (_config(s, "timestep_type"), _config(s, "prediction_type")) == ("continuous", "v_prediction"),
-     _read_continuous_euler),
+    (
+        lambda s: (_config(s, "timestep_type"), _config(s, "prediction_type")) == ("continuous", "v_prediction"),
+        _read_continuous_euler,
+    ),
     (lambda s: getattr(s, "alphas_cumprod", None) is not None, _read_table),
     (lambda s: _config(s, "sigma_data") is not None, _read_edm),
     (lambda s: getattr(s, "discrete_sigmas", None) is not None, _read_discrete_sigmas),

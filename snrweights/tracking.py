@@ -99,6 +99,10 @@ class LossVarianceTracker:
         edges = self.edges.to("cpu", torch.float64)
         return LossStatistics(edges, count.long(), mean, variance, moments[_NONFINITE].long())
 
+    def reset(self) -> None:
+        """Forget what was seen."""
+        self._moments.zero_()
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return edges and moment sums."""
         return {"edges": self.edges.cpu().clone(), "moments": self._moments.cpu().clone()}

@@ -176,7 +176,7 @@ class WeightCurve:
 
 
 class BoundWeighting:
-    """A weighting bound to a schedule; ``bound(t)`` returns weights of t's shape and is the hot path of a training loop.
+    """A weighting bound to a schedule: ``bound(t)`` returns weights of t's shape; the hot path of a training loop.
 
     Integer t on a discrete schedule is one gather from a table on t's device (copied there once); float t between two
     timesteps interpolates the table; continuous schedules evaluate the formula. Nothing synchronises with the host.

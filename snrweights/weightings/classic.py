@@ -83,7 +83,9 @@ class TruncatedSNR(Weighting):
         return log_snr.clamp(min=0)
 
 
-@register_weighting("p2", target="epsilon", formula="w_eps = (k + SNR)^-gamma", source="Choi et al. 2022, arXiv 2204.00227")
+@register_weighting(
+    "p2", target="epsilon", formula="w_eps = (k + SNR)^-gamma", source="Choi et al. 2022, arXiv 2204.00227"
+)
 class P2(Weighting):
     """P2: ``w_eps = (k + SNR)^-gamma``.
 

@@ -52,7 +52,7 @@ class MinSNR(Weighting):
     source="Crowson et al. 2024, arXiv 2401.11605",
 )
 class SoftMinSNR(Weighting):
-    """Soft-Min-SNR: ``w_eps = gamma / (gamma + SNR)``, ``w_x0 = SNR gamma / (SNR + gamma) = 1 / (sigma_hat² + 1/gamma)``.
+    """Soft-Min-SNR: ``w_eps = gamma / (gamma + SNR)``, ``w_x0 = 1 / (sigma_hat² + 1 / gamma)``.
 
     The form of k-diffusion has no gamma and multiplies the network F: it is this with gamma = 1 / sigma_data².
 
@@ -199,7 +199,9 @@ def _soft_from_smoothed(weighting: Any) -> dict[str, float]:
 
 def _smoothed_from_soft(weighting: Any) -> dict[str, float]:
     if weighting.gamma <= 1:
-        raise ValueError(f"`SoftMinSNR(gamma=...)` must be > 1 to have a Smoothed-KL counterpart, got {weighting.gamma}.")
+        raise ValueError(
+            f"`SoftMinSNR(gamma=...)` must be > 1 to have a Smoothed-KL counterpart, got {weighting.gamma}."
+        )
     return {"tau": 1 / (weighting.gamma - 1)}
 
 

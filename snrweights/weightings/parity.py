@@ -205,7 +205,9 @@ class OneTrainerP2V(ParityWeighting):
         return (2 + snr) ** -self.gamma
 
 
-@_parity("simpletuner_soft_min_snr", "(SNR + 1) / (SNR + 2)²", "SimpleTuner compute_snr(use_soft_min=True), never called")
+@_parity(
+    "simpletuner_soft_min_snr", "(SNR + 1) / (SNR + 2)²", "SimpleTuner compute_snr(use_soft_min=True), never called"
+)
 class SimpleTunerSoftMinSNR(ParityWeighting):
     """``s² / (s² + 1)²`` with s² = 1 / (SNR + 1), the VP noise variance where EDM's belongs."""
 

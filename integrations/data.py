@@ -1,0 +1,158 @@
+"""Images from ``datasets``: a hub name, a folder, a saved data set or scikit-learn's digits, as tensors in [-1, 1]."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+
+def load_images(
+    source: str, *, name: str | None = None, split: str = "train", column: str = "image"
+) -> datasets.Dataset:
+    """Load a data set with a column of images, left encoded: decoding happens per item, in the loader's workers.
+
+    Args:
+        source: ``"digits"`` (scikit-learn's 1797 grey 8x8 digits, nothing to download), a folder of images, a folder
+            written by ``save_to_disk``, or a name on the hub.
+        name: configuration of a hub data set.
+        split: which split.
+        column: the column that holds the images.
+
+    Raises:
+        FileNotFoundError: neither a folder here nor a data set that the hub gives.
+        ValueError: no such split or column; the message lists those there are.
+    """
+    path = Path(source).expanduser()
+    if source == "digits":
+        data = _digits()
+    elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        data = datasets.load_from_disk(str(path))
+    elif path.is_dir():
+        data = datasets.load_dataset("imagefolder", data_dir=str(path))
+    else:
+        data = _from_hub(source, name)
+    if isinstance(data, dict):
+        if split not in data:
+            raise ValueError(f"`split` {split!r} is not in {source!r}; choose one of {list(data)}.")
+        data = data[split]
+    if column not in data.column_names:
+        raise ValueError(f"`column` {column!r} is not in {source!r}; choose one of {data.column_names}.")
+    return data.cast_column(column, datasets.Image(decode=False))
+
+
+def _digits() -> datasets.Dataset:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # 0..16 grey levels
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
+    columns = {"image": [Image.fromarray(image) for image in pixels], "label": digits.target.tolist()}
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def _from_hub(source: str, name: str | None) -> Any:
+    try:
+        return datasets.load_dataset(source, name)
+    except (OSError, ValueError) as error:  # what datasets raises for a wrong name, no network, no permission
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(f"`dataset` {source!r} is neither a folder here nor a hub data set: {reason}") from None
+
+
+class ImageTensors(torch.utils.data.Dataset[Tensor]):
+    """The images of a data set as (channels, resolution, resolution) float32 tensors in [-1, 1].
+
+    The shorter side is scaled to ``resolution`` and the middle cut out; an image that fits is left as it is.
+
+    Args:
+        data: from ``load_images``.
+        column: the column that holds the images.
+        resolution: pixels of a side.
+        channels: 1 (grey) or 3 (RGB).
+
+    Raises:
+        ValueError: no images, or another number of channels; when indexed, an image that cannot be decoded.
+    """
+
+    def __init__(self, data: datasets.Dataset, column: str, resolution: int, channels: int) -> None:
+        modes = {1: "L", 3: "RGB"}
+        if channels not in modes:
+            raise ValueError(f"`channels` must be one of {list(modes)}, got {channels}.")
+        if len(data) == 0:
+            raise ValueError("`dataset` has no images.")
+        self._cells = data.select_columns([column])
+        self._column = column
+        self._resolution = resolution
+        self._mode = modes[channels]
+
+    def __len__(self) -> int:
+        return len(self._cells)
+
+    def __getitem__(self, index: int) -> Tensor:
+        cell = self._cells[index][self._column]
+        try:
+            image = Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
+            image = _fit(image.convert(self._mode), self._resolution)
+        except (UnidentifiedImageError, OSError, TypeError) as error:
+            where = f" ({cell['path']})" if cell and cell.get("path") else ""
+            raise ValueError(f"Image {index} of the data set{where} cannot be decoded: {error}") from None
+        pixels = torch.from_numpy(np.array(image)).reshape(self._resolution, self._resolution, -1)
+        return pixels.permute(2, 0, 1) / 127.5 - 1
+
+
+def _fit(image: Image.Image, resolution: int) -> Image.Image:
+    if min(image.size) != resolution:
+        scale = resolution / min(image.size)
+        size = tuple(max(resolution, round(side * scale)) for side in image.size)
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    left, top = ((side - resolution) // 2 for side in image.size)
+    return image.crop((left, top, left + resolution, top + resolution))
+
+
+class SeededBatches(torch.utils.data.Sampler[list[int]]):
+    """Batches of indices as a function of (seed, step): a permutation per epoch, cut into batches, the tail dropped.
+
+    Each process gets its slice of every global batch, so that the images of a step do not depend on how many there are.
+
+    Args:
+        size: number of images.
+        batch_size: of one process.
+        seed: of the permutations.
+        steps: how many batches.
+        rank: of the process.
+        world: number of processes.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int, steps: int, rank: int = 0, world: int = 1) -> None:
+        self._per_epoch = size // (batch_size * world)
+        if self._per_epoch == 0:
+            raise ValueError(
+                f"`batch_size` {batch_size} on {world} process(es) is more than the {size} images there are."
+            )
+        self._size, self._batch_size, self._seed, self._steps = size, batch_size, seed, steps
+        self._rank, self._world = rank, world
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        span = self._batch_size * self._world
+        for step in range(self._steps):
+            epoch, batch = divmod(step, self._per_epoch)
+            if batch == 0:
+                order = torch.randperm(self._size, generator=generator(self._seed, epoch))
+            start = batch * span + self._rank * self._batch_size
+            yield order[start : start + self._batch_size].tolist()
+
+
+def generator(*keys: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return a generator whose stream is a function of the keys (seed, step, ...), each non-negative."""
+    # SeedSequence pads with zeros: without the count (1,) and (1, 0) would be one stream
+    seed = np.random.SeedSequence((len(keys), *keys)).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(seed))

@@ -1,0 +1,34 @@
+"""What several test files run over: schedules, and golden numbers with their reader."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+
+from snrweights import CosineSchedule, DiscreteSchedule, EDMSchedule, FlowSchedule
+
+
+def _table(name, **options):
+    return dataclasses.replace(DiscreteSchedule.from_name(name, **options), sigma_data=0.5)
+
+
+# each with a sigma_data, so that all five prediction types have a meaning on it
+SCHEDULES = {
+    "linear": _table("linear"),
+    "squaredcos_cap_v2": _table("squaredcos_cap_v2"),
+    "zero_snr": _table("scaled_linear", beta_start=0.00085, beta_end=0.012, rescale_betas_zero_snr=True),
+    "cosine": CosineSchedule(sigma_data=0.5),
+    "flow": FlowSchedule(num_train_timesteps=1000, s_min=1e-3, sigma_data=0.5),
+    "edm": EDMSchedule(),
+}
+
+
+def golden(name):
+    """Read tests/goldens/<name>.json: numbers of other projects, with their provenance."""
+    return json.loads((Path(__file__).parent / "goldens" / f"{name}.json").read_text())
+
+
+def numbers(row):
+    """Turn a golden row into a float64 tensor; JSON spells NaN and infinity as words."""
+    return torch.tensor([float(value) for value in row], dtype=torch.float64)
