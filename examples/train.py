@@ -1,340 +1,414 @@
-"""Train an unconditional diffusion model with a chosen loss weighting.
+"""Train a diffusion model with a chosen loss weighting.
 
 accelerate launch examples/train.py
-accelerate launch examples/train.py --preset digits --method min_snr --set gamma=5 --output-dir runs/min_snr
+accelerate launch examples/train.py --preset digits-edm --method min_snr --set gamma=5 --output-dir runs/x
 """
 
 from __future__ import annotations
 
-import json
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from snrweights.integrations.config import parse_config, save_config
-from snrweights.integrations.data import ImageTensors, SeededBatches, generator, load_images
-from snrweights.integrations.frechet import frechet_distance
-from snrweights.integrations.results import image_grid, save_results
+from options import Options
+from snrweights.integrations import metrics
+from snrweights.integrations.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    StopSignal,
+    copy_whole,
+    load_model_and_optimizer_state,
+    model_and_optimizer_state,
+    whole,
+)
+from snrweights.integrations.config import changed_options, parse_options, save_options
+from snrweights.integrations.data import ImageTensors, SeededBatches, generator, load_images, seed_of
+from snrweights.integrations.dry_run import shrink, stand_in, what_it_costs
+from snrweights.integrations.processes import PROCESSES, Process, guided
+from snrweights.integrations.results import MetricsLog, image_grid, save_results, to_bytes, to_floats
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 import snrweights
 from snrweights import plots
 from snrweights.cli import parse_settings
+from snrweights.tracking import LossStatistics
+
+NOISE, VALIDATION, SAMPLES, MEASURE, SPLIT, DROPOUT = range(1, 7)  # streams of random numbers, beside the seed
+PRESETS = Path(__file__).parent / "configs"
 
 
-@dataclass
-class Config:
-    """Train an unconditional diffusion model with a chosen loss weighting."""
-
-    preset: str = "digits"
-    """Where the defaults come from: a file of examples/configs."""
-    output_dir: str = ""
-    """Folder for everything the run leaves (default: runs/<preset>-<method>)."""
-    overwrite: bool = False
-    """Start anew in a folder that holds a run."""
-    seed: int = 0
-    """Of weights, images, noise and samples."""
-
-    dataset: str = "digits"
-    """Hub name, folder of images, data set saved to disk, or digits."""
-    dataset_config_name: str | None = None
-    """Configuration of a hub data set."""
-    split: str = "train"
-    """Split to train on."""
-    image_column: str = "image"
-    """Column that holds the images."""
-    resolution: int = 32
-    """Pixels of a side."""
-    channels: Literal[1, 3] = 3
-    """1 for grey, 3 for colour."""
-    random_flip: bool = False
-    """Flip images left to right at random."""
-    dataloader_num_workers: int = 0
-    """Processes that decode images."""
-
-    block_out_channels: tuple[int, ...] = (128, 256, 256, 256)
-    """Channels of the UNet's levels."""
-    layers_per_block: int = 2
-    """Residual blocks per level."""
-    attention: tuple[bool, ...] = (False, True, False, False)
-    """Which levels have attention."""
-    dropout: float = 0.0
-    """In the UNet's residual blocks."""
-
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = "linear"
-    """Noise schedule."""
-    num_train_timesteps: int = 1000
-    """Its number of timesteps."""
-    rescale_betas_zero_snr: bool = False
-    """Rescale it to zero terminal SNR."""
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
-    """What the model predicts."""
-    method: str = "smoothed_kl"
-    """Weighting: `snrweights methods` prints the table."""
-    set: tuple[str, ...] = ()
-    """Its hyperparameters, NAME=VALUE."""
-    normalize: Literal["mean", "none"] = "mean"
-    """Scale the weight to average 1, so that switching methods keeps the learning rate."""
-
-    max_steps: int = 100_000
-    """Optimizer steps."""
-    train_batch_size: int = 128
-    """Images per process and forward pass."""
-    gradient_accumulation_steps: int = 1
-    """Forward passes per optimizer step."""
-    learning_rate: float = 2e-4
-    """Of Adam."""
-    lr_scheduler: Literal["constant_with_warmup", "cosine", "linear"] = "constant_with_warmup"
-    """Its course."""
-    lr_warmup_steps: int = 500
-    """Optimizer steps of linear warm-up."""
-    max_grad_norm: float = 1.0
-    """Clip gradients to this norm."""
-    ema_decay: float = 0.9995
-    """Largest decay of the exponential moving average of the weights."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of forward and backward."""
-
-    logging_steps: int = 50
-    """Optimizer steps between two lines of metrics.jsonl."""
-    num_samples: int = 800
-    """Images sampled at the end; at most half the data set's, so that there is a floor."""
-    eval_batch_size: int = 200
-    """Images sampled at once."""
-    num_inference_steps: int = 50
-    """DDIM steps."""
-
-
-def make_noise_scheduler(config: Config) -> DDPMScheduler:
-    """Return the scheduler that training noises with."""
-    return DDPMScheduler(
-        num_train_timesteps=config.num_train_timesteps,
-        beta_schedule=config.beta_schedule,
-        prediction_type=config.prediction_type,
-        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
-    )
-
-
-def make_model(config: Config) -> UNet2DModel:
+def make_model(options: Options) -> UNet2DModel:
     """Return the network, its weights drawn from the seed."""
-    torch.manual_seed(config.seed)
-    return UNet2DModel(
-        sample_size=config.resolution,
-        in_channels=config.channels,
-        out_channels=config.channels,
-        layers_per_block=config.layers_per_block,
-        block_out_channels=config.block_out_channels,
-        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in config.attention),
-        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention)),
-        dropout=config.dropout,
+    model = options.model
+    torch.manual_seed(options.run.seed)
+    unet = UNet2DModel(
+        sample_size=options.data.resolution,
+        in_channels=options.data.channels,
+        out_channels=options.data.channels,
+        layers_per_block=model.layers_per_block,
+        block_out_channels=model.block_out_channels,
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in model.attention),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(model.attention)),
+        dropout=model.dropout,
+        num_class_embeds=model.num_classes + 1 if model.num_classes else None,  # the last stands for no class
     )
+    if model.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return unet
 
 
-def make_target(noise_scheduler: DDPMScheduler, images: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """Return what the model is to predict."""
-    if noise_scheduler.config.prediction_type == "v_prediction":
-        return noise_scheduler.get_velocity(images, noise, t)
-    return {"epsilon": noise, "sample": images}[noise_scheduler.config.prediction_type]
+class Trainer:
+    """Model, weighting and optimizer, and one step of training them.
 
-
-def training_loss(
-    model: torch.nn.Module,
-    noise_scheduler: DDPMScheduler,
-    weight: snrweights.BoundWeighting,
-    tracker: snrweights.LossVarianceTracker,
-    images: Tensor,
-    noise: Tensor,
-    t: Tensor,
-) -> Tensor:
-    """Return the weighted loss of a batch; the tracker sees the unweighted one."""
-    noisy = noise_scheduler.add_noise(images, noise, t)
-    prediction = model(noisy, t, return_dict=False)[0]
-    losses = snrweights.per_sample_mse(prediction, make_target(noise_scheduler, images, noise, t))
-    tracker.update(losses, weight.schedule.log_snr(t))
-    return (weight(t) * losses).mean()
-
-
-def draw(config: Config, accelerator: Accelerator, images: Tensor, pass_: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Flip images and draw noise and timesteps: a function of (seed, forward pass) for the global batch.
-
-    Every process draws for all and takes its slice, so that the number of processes changes nothing.
+    Whatever is random is a function of (seed, forward pass): noise and timesteps are drawn for the global batch, of
+    which every process takes its slice, so that neither a restart nor the number of processes changes a run.
     """
-    device, here = accelerator.device, len(images)
-    everywhere = here * accelerator.num_processes
-    mine = slice(here * accelerator.process_index, here * (accelerator.process_index + 1))
-    stream = generator(config.seed, 1, pass_, device=device)
-    noise = torch.randn(everywhere, *images.shape[1:], generator=stream, device=device)[mine]
-    t = torch.randint(config.num_train_timesteps, (everywhere,), generator=stream, device=device)[mine]
-    if config.random_flip:
-        flip = torch.rand(everywhere, generator=stream, device=device)[mine] < 0.5
-        images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-    return images, noise, t
+
+    def __init__(self, options: Options, accelerator: Accelerator, process: Process) -> None:
+        self.options, self.accelerator, self.process = options, accelerator, process
+        weighting = snrweights.get_weighting(options.weight.method, **parse_settings(options.weight.set))
+        self.weight = weighting.bind(
+            process.schedule,
+            prediction_type=process.prediction_type,
+            density=process.density,
+            normalize="mean" if options.weight.normalize == "mean" else None,
+        )
+        self.tracker = snrweights.LossVarianceTracker()
+        model = process.wrap(make_model(options))
+        optimizer = torch.optim.Adam(model.parameters(), lr=options.optimizer.learning_rate)
+        schedule = get_scheduler(
+            options.optimizer.lr_scheduler,
+            optimizer,
+            num_warmup_steps=options.optimizer.lr_warmup_steps,
+            num_training_steps=options.optimizer.max_steps,
+        )
+        self._lr_factor = schedule.lr_lambdas[0]
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        fused = not isinstance(self.model, FSDPModule)  # sharded tensors have no fused copy
+        self.ema = EMAModel(self.model.parameters(), decay=options.optimizer.ema_decay, foreach=fused)
+        self.ema.to(accelerator.device)
+
+    def draw(self, images: Tensor, labels: Tensor, forward: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Flip images, drop labels, and draw noise and timesteps for forward pass number ``forward``."""
+        rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
+        here = slice(len(images) * rank, len(images) * (rank + 1))
+        stream = generator(self.options.run.seed, NOISE, forward, device=device)
+        everywhere = (len(images) * world, *images.shape[1:])
+        noise = torch.randn(everywhere, generator=stream, device=device)[here]
+        u, flip, drop = torch.rand((3, everywhere[0]), generator=stream, device=device)[:, here]
+        if self.options.data.random_flip:
+            images = torch.where(flip[:, None, None, None] < 0.5, images.flip(-1), images)
+        labels = torch.where(drop < self.options.model.class_dropout, self.options.model.num_classes, labels)
+        return images, noise, self.process.timesteps(u), labels
+
+    def losses(self, images: Tensor, noise: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """Return the unweighted loss of each sample."""
+        x, target = self.process.noisy_and_target(images, noise, t)
+        classes = {"class_labels": labels} if self.options.model.num_classes else {}
+        return snrweights.per_sample_mse(self.model(x, t, **classes), target)
+
+    def step(self, step: int, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+        """Make optimizer step number ``step``, from 1; return the weighted loss, on the device."""
+        accumulate, device = self.options.optimizer.gradient_accumulation_steps, self.accelerator.device
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        total = torch.zeros((), device=device)
+        for forward in range((step - 1) * accumulate, step * accumulate):
+            images, labels = (part.to(device, non_blocking=True) for part in next(batches))
+            torch.manual_seed(seed_of(self.options.run.seed, DROPOUT, forward, self.accelerator.process_index))
+            with self.accelerator.accumulate(self.model):
+                images, noise, t, labels = self.draw(images, labels, forward)
+                losses = self.losses(images, noise, t, labels)
+                self.tracker.update(losses, self.process.schedule.log_snr(t))
+                loss = (self.weight(t) * losses).mean()
+                self.accelerator.backward(loss)
+                total += loss.detach() / accumulate
+                if self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.optimizer.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        self.ema.step(self.model.parameters())
+        return total
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of step number ``step``, from 1."""
+        return self.options.optimizer.learning_rate * self._lr_factor(step)
+
+    @torch.no_grad()
+    def validate(self, held_out: tuple[Tensor, Tensor]) -> LossStatistics:
+        """Measure the averaged weights on held-out images: each at four noise levels, the same every time."""
+        images, labels = (part.repeat_interleave(4, 0) for part in held_out)
+        stream = generator(self.options.run.seed, VALIDATION)
+        noise = torch.randn(images.shape, generator=stream)
+        u = (torch.randperm(len(images), generator=stream) + 0.5) / len(images)
+        tracker = snrweights.LossVarianceTracker()
+        parts = zip(
+            *(x.split(self.options.optimizer.train_batch_size) for x in (images, noise, u, labels)), strict=True
+        )
+        self.ema.store(self.model.parameters())
+        self.ema.copy_to(self.model.parameters())
+        self.model.eval()
+        for batch in parts:
+            images, noise, u, labels = (part.to(self.accelerator.device) for part in batch)
+            t = self.process.timesteps(u)
+            tracker.update(self.losses(images, noise, t, labels), self.process.schedule.log_snr(t))
+        self.model.train()
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # without a backward it still holds the whole weights
+        self.ema.restore(self.model.parameters())
+        return tracker.compute()
+
+    def tracked(self) -> dict[str, Tensor]:
+        """Return the tracker's state, summed over processes."""
+        state = self.tracker.state_dict()
+        moments = self.accelerator.reduce(state["moments"].to(self.accelerator.device), "sum")
+        return {"edges": state["edges"], "moments": moments.cpu()}
+
+    def state(self, running: Tensor) -> dict[str, Tensor]:
+        """Return everything that a step changes, whole tensors; every process calls it."""
+        averages = {f"ema.{i}": whole(value) for i, value in enumerate(self.ema.shadow_params)}
+        tracked = {f"tracker.{name}": value for name, value in self.tracked().items()}
+        scaler = self.accelerator.scaler
+        scale = {f"scaler.{key}": torch.tensor(value) for key, value in (scaler.state_dict() if scaler else {}).items()}
+        learnt = model_and_optimizer_state(self.model, self.optimizer.optimizer)
+        return {**learnt, **averages, **tracked, **scale, "running": self.accelerator.reduce(running, "mean")}
+
+    def restore(self, step: int, state: dict[str, Tensor]) -> Tensor:
+        """Take over the state of a checkpoint; return the running loss."""
+        load_model_and_optimizer_state(self.model, self.optimizer.optimizer, state)
+        if self.accelerator.scaler:
+            scale = {name.removeprefix("scaler."): value.item() for name, value in state.items() if "scaler." in name}
+            self.accelerator.scaler.load_state_dict(scale)
+        self.ema.optimization_step = step
+        for i, value in enumerate(self.ema.shadow_params):
+            copy_whole(value, state[f"ema.{i}"])
+        if self.accelerator.is_main_process:  # the sum over processes; the others go on from zero
+            self.tracker.load_state_dict({name: state[f"tracker.{name}"] for name in ("edges", "moments")})
+        return state["running"].to(self.accelerator.device)
+
+    def save_model(self, folder: Path) -> None:
+        """Save the averaged weights as a pipeline; every process calls it."""
+        self.ema.copy_to(self.model.parameters())
+        weights = self.accelerator.get_state_dict(self.model)
+        if self.accelerator.is_main_process:
+            unet = make_model(self.options)
+            unet.load_state_dict({name.split("model.", 1)[1]: value for name, value in weights.items()})
+            DDPMPipeline(unet, self.process.scheduler).save_pretrained(folder)
+        self.accelerator.wait_for_everyone()
 
 
 @torch.inference_mode()
-def sample_images(config: Config, model: UNet2DModel, noise_scheduler: DDPMScheduler, count: int) -> Tensor:
-    """Sample with DDIM; the noise of image i is a function of (seed, i)."""
-    sampler = DDIMScheduler.from_config(noise_scheduler.config, timestep_spacing="trailing")
-    sampler.set_timesteps(config.num_inference_steps)
-    shape = (config.channels, config.resolution, config.resolution)
-    noise = torch.stack([torch.randn(shape, generator=generator(config.seed, 2, i)) for i in range(count)])
-    batches = []
-    for x in tqdm(noise.split(config.eval_batch_size), desc="Sampling", unit="batch"):
-        x = x.to(model.device)
-        for t in sampler.timesteps:
-            x = sampler.step(model(x, t, return_dict=False)[0], t, x, return_dict=False)[0]
-        batches.append(x.clamp(-1, 1).cpu())
-    return torch.cat(batches)
+def sample_images(
+    options: Options, accelerator: Accelerator, process: Process, unet: UNet2DModel, count: int
+) -> Tensor:
+    """Sample (count, C, H, W) bytes. The noise of image i is a function of (seed, i); batches are shared out."""
+    data, output = options.data, options.output
+    denoiser = process.wrap(unet.to(accelerator.device).eval())
+    samples = torch.zeros(count, data.channels, data.resolution, data.resolution, dtype=torch.uint8)
+    starts = range(0, count, output.eval_batch_size)[accelerator.process_index :: accelerator.num_processes]
+    for start in tqdm(starts, desc="Sampling", unit="batch", disable=not accelerator.is_main_process):
+        numbers = range(start, min(start + output.eval_batch_size, count))
+        streams = (generator(options.run.seed, SAMPLES, i) for i in numbers)
+        noise = torch.stack([torch.randn(samples.shape[1:], generator=stream) for stream in streams])
+        classes = options.model.num_classes
+        labels = torch.tensor([i % classes for i in numbers], device=accelerator.device) if classes else None
+        predict = guided(denoiser, labels, output.guidance_scale, classes)
+        images = process.sample(predict, noise.to(accelerator.device), output.num_inference_steps)
+        samples[start : numbers.stop] = to_bytes(images).cpu()
+    return accelerator.reduce(samples.to(accelerator.device), "sum").cpu()
 
 
-def measure(config: Config, data: ImageTensors, samples: Tensor) -> dict[str, Any]:
-    """Compare samples with as many images, and those with as many others: the floor that no model can pass."""
-    order = torch.randperm(len(data), generator=generator(config.seed, 3)).tolist()
-    n = len(samples)
-    real, other = (torch.stack([data[i] for i in order[k * n : (k + 1) * n]]) for k in range(2))
-    return {
-        "features": "pixels",
-        "count": n,
-        "frechet_distance": frechet_distance(samples.flatten(1), real.flatten(1)),
-        "frechet_distance_real_vs_real": frechet_distance(other.flatten(1), real.flatten(1)),
-    }
+def measure(options: Options, accelerator: Accelerator, data: ImageTensors | Subset, samples: Tensor) -> dict[str, Any]:
+    """Compare samples with as many images, and these with as many others: the floor that no model can pass."""
+    order = torch.randperm(len(data), generator=generator(options.run.seed, MEASURE)).tolist()
+    results: dict[str, Any] = {"count": len(samples)}
+    for features in options.output.features:
+        for name in ("frechet_distance", "kernel_distance"):
+            sets = {"": order[len(samples) : 2 * len(samples)], "_real_vs_real": order[: len(samples)]}
+            metric = metrics.load(name, features).use(accelerator.device, options.output.inception_weights)
+            for suffix, numbers in sets.items():
+                for k in range(0, len(samples), options.output.eval_batch_size):
+                    chunk = slice(k, k + options.output.eval_batch_size)
+                    references = torch.stack([data[i][0] for i in sets[""][chunk]])
+                    others = torch.stack([data[i][0] for i in numbers[chunk]]) if suffix else to_floats(samples[chunk])
+                    metric.add_batch(predictions=others, references=references)
+                values = metric.compute()
+                results |= {key + suffix: value for key, value in values.items() if key not in ("features", "count")}
+    return results
+
+
+def load_data(options: Options) -> tuple[Subset, Subset]:
+    """Return training and held-out images; the split is a function of the seed."""
+    data = options.data
+    try:
+        rows = load_images(data.dataset, name=data.dataset_config_name, split=data.split, column=data.image_column)
+    except FileNotFoundError as error:
+        if not options.run.dry_run:
+            raise SystemExit(str(error)) from None
+        print(f"{error}\nDry run: random images of the same schema stand in.")
+        rows = stand_in(data.image_column, data.label_column, data.resolution, data.channels, options.model.num_classes)
+    labels = data.label_column if options.model.num_classes else None
+    images = ImageTensors(rows, data.image_column, data.resolution, data.channels, labels, options.model.num_classes)
+    if not 0 <= data.validation_images < len(images):
+        raise SystemExit(f"`validation_images` must be in [0, {len(images)}), got {data.validation_images}.")
+    order = torch.randperm(len(images), generator=generator(options.run.seed, SPLIT)).tolist()
+    return Subset(images, order[data.validation_images :]), Subset(images, order[: data.validation_images])
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train, then write down everything that was learnt."""
-    config = parse_config(Config, Path(__file__).parent / "configs", "digits", argv)
-    output = Path(config.output_dir or f"runs/{config.preset}-{config.method}")
-    config.output_dir = str(output)
-    if (output / "config.yaml").exists() and not config.overwrite:
-        raise SystemExit(f"{output} holds a run already: give another --output-dir, or --overwrite.")
+    options = parse_options(Options, PRESETS, "digits", argv)
+    options.run.output_dir = options.run.output_dir or f"runs/{options.preset}-{options.weight.method}"
+    if options.run.dry_run:
+        with shrink(options) as small:
+            trainer = train(small)
+            print(what_it_costs(options, trainer))
+    else:
+        train(options)
+
+
+def train(options: Options) -> Trainer:
+    """Train as the options say; return the trainer."""
+    output = Path(options.run.output_dir)
+    settings = options.optimizer
     accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        mixed_precision=settings.mixed_precision,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        dynamo_backend="inductor" if options.model.compile else None,
         log_with="tensorboard",
         project_dir=output,
     )
+    main_process = accelerator.is_main_process
+    saved = output / "config.yaml"
+    if saved.exists() and not (options.run.resume or options.run.overwrite):
+        raise SystemExit(f"{output} holds a run: go on with --resume latest, begin anew with --overwrite.")
+    trainer = Trainer(options, accelerator, PROCESSES[options.process.process](options.process))
+    data, held_out = load_data(options)
+    checkpoints = Checkpoints(output / "checkpoints", options.output.checkpoints_total_limit, accelerator)
 
-    # everything that can be wrong with the configuration is found out here, before any work
-    noise_scheduler = make_noise_scheduler(config)
-    weighting = snrweights.get_weighting(config.method, **parse_settings(config.set))
-    weight = weighting.bind(noise_scheduler, normalize="mean" if config.normalize == "mean" else None)
-    images = load_images(
-        config.dataset, name=config.dataset_config_name, split=config.split, column=config.image_column
-    )
-    data = ImageTensors(images, config.image_column, config.resolution, config.channels)
-    passes = config.max_steps * config.gradient_accumulation_steps
-    batches = SeededBatches(
-        len(data), config.train_batch_size, config.seed, passes, accelerator.process_index, accelerator.num_processes
-    )
-    loader = DataLoader(
-        data,
-        batch_sampler=batches,
-        num_workers=config.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-
-    model = make_model(config)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
-    lr_scheduler = get_scheduler(
-        config.lr_scheduler,
-        optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=config.max_steps,
-    )
-    ema = EMAModel(model.parameters(), decay=config.ema_decay, foreach=True)
-    ema.to(accelerator.device)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    tracker = snrweights.LossVarianceTracker()
-
-    if accelerator.is_main_process:
+    start, running = 0, torch.zeros((), device=accelerator.device)  # read when logged only: no step waits for a device
+    if options.run.resume:
+        changes = changed_options(saved, options, free=FREE) if saved.exists() else []
+        if changes:
+            raise SystemExit(f"{output} was run with other options; to resume, keep them: {'; '.join(changes)}.")
+        found = checkpoints.find(options.run.resume)
+        if found:
+            start, state = checkpoints.load(found)
+            running = trainer.restore(start, state)
+            accelerator.print(f"Resuming from {found}, step {start}.")
+        else:
+            accelerator.print(f"No checkpoint in {output}: starting at step 0.")
+    accelerator.wait_for_everyone()  # all have read what is there
+    if main_process:
+        if not options.run.resume:
+            checkpoints.clear()
         output.mkdir(parents=True, exist_ok=True)
-        save_config(config, output / "config.yaml")
-        plots.save(plots.plot_weights(noise_scheduler, {config.method: weighting}), output / "weights.png")
-        metrics = (output / "metrics.jsonl").open("w")
-    accelerator.init_trackers("tensorboard")
-    start = time.perf_counter()
-    running = torch.zeros((), device=accelerator.device)  # read only when logged, so that no step waits for the device
-    progress = tqdm(total=config.max_steps, disable=not accelerator.is_main_process, unit="step", desc="Training")
-    step = 0
-    for pass_, batch in enumerate(loader):
-        with accelerator.accumulate(model):
-            batch = batch.to(accelerator.device, non_blocking=True)
-            drawn = draw(config, accelerator, batch, pass_)
-            loss = training_loss(model, noise_scheduler, weight, tracker, *drawn)
-            accelerator.backward(loss)
-            running += loss.detach() / config.gradient_accumulation_steps
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        if not accelerator.sync_gradients:
-            continue
-        step += 1
-        if step == config.max_steps // 2:
-            tracker.reset()  # the figure is of the second half: what the first steps were like hides the rest
-        lr_scheduler.step()
-        ema.step(model.parameters())
+        save_options(options, saved)
+        title = {options.weight.method: trainer.weight.curve.weighting}
+        weights = plots.plot_weights(
+            trainer.process.schedule,
+            title,
+            prediction_type=trainer.process.prediction_type,
+            density=trainer.process.density,
+        )
+        plots.save(weights, output / "weights.png")
+    log = MetricsLog(output / "metrics.jsonl", accelerator, keep_until=start)
+
+    passes = range(
+        start * settings.gradient_accumulation_steps, settings.max_steps * settings.gradient_accumulation_steps
+    )
+    batches = SeededBatches(
+        len(data),
+        settings.train_batch_size,
+        options.run.seed,
+        passes,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    workers = options.data.dataloader_num_workers
+    loader = iter(
+        DataLoader(data, batch_sampler=batches, num_workers=workers, pin_memory=accelerator.device.type == "cuda")
+    )
+    held = tuple(map(torch.stack, zip(*held_out, strict=True))) if len(held_out) else None
+    stop = StopSignal(accelerator)
+    began = time.perf_counter()
+    progress = tqdm(
+        total=settings.max_steps, initial=start, disable=not main_process, unit="step", desc="Training", mininterval=1
+    )
+    for step in range(start + 1, settings.max_steps + 1):
+        running += trainer.step(step, loader)
         progress.update()
-        if step % config.logging_steps == 0 or step == config.max_steps:
-            since = (step - 1) % config.logging_steps + 1
-            mean_loss = accelerator.reduce(running, "mean").item() / since
+        last = step == settings.max_steps
+        if step == settings.max_steps // 2:
+            trainer.tracker.reset()  # the figure is of the second half: what the first steps were like hides the rest
+        if step % options.output.logging_steps == 0 or last:
+            since = (step - 1) % options.output.logging_steps + 1
+            loss = accelerator.reduce(running, "mean").item() / since
             running.zero_()
-            values = {"loss": mean_loss, "lr": lr_scheduler.get_last_lr()[0], "seconds": time.perf_counter() - start}
-            accelerator.log(values, step=step)
-            if accelerator.is_main_process:
-                metrics.write(json.dumps({"step": step, **values}) + "\n")
-                metrics.flush()
-            progress.set_postfix(loss=f"{mean_loss:.4f}")
+            log.write(step, loss=loss, lr=trainer.learning_rate(step), seconds=time.perf_counter() - began)
+            progress.set_postfix(loss=f"{loss:.4f}")
+        if held and (last or (options.output.validation_steps and step % options.output.validation_steps == 0)):
+            log.write_validation(step, trainer.validate(held))
+        signal = stop()
+        every = options.output.checkpointing_steps
+        if signal or (every and step % every == 0):
+            checkpoints.save(step, trainer.state(running))
+        if signal:
+            accelerator.print(f"Stopped by signal {signal} after step {step}; go on with --resume latest.")
+            accelerator.end_training()
+            raise SystemExit(128 + signal)
     progress.close()
-    seconds = time.perf_counter() - start
-
-    if accelerator.is_main_process:
-        metrics.close()
-        finish(config, output, accelerator.unwrap_model(model), ema, noise_scheduler, tracker, data, seconds)
+    stop.restore()
+    finish(options, trainer, data, log, seconds=time.perf_counter() - began)
     accelerator.end_training()
+    return trainer
 
 
-def finish(
-    config: Config,
-    output: Path,
-    model: UNet2DModel,
-    ema: EMAModel,
-    noise_scheduler: DDPMScheduler,
-    tracker: snrweights.LossVarianceTracker,
-    data: ImageTensors,
-    seconds: float,
-) -> None:
+# what may differ between the parts of a resumed run
+FREE = ("run", "output", "data.dataloader_num_workers", "optimizer.max_steps", "model.compile")
+
+
+def finish(options: Options, trainer: Trainer, data: Subset, log: MetricsLog, seconds: float) -> None:
     """Write model, samples, figures and results, all of the averaged weights."""
-    ema.copy_to(model.parameters())
-    model.eval()
-    DDPMPipeline(model, noise_scheduler).save_pretrained(output / "model")
-    tracker.save(output / "tracker.safetensors")
-    plots.save(plots.plot_loss_by_noise(tracker.compute(), target=config.prediction_type), output / "loss_by_noise.png")
-    samples = sample_images(config, model, noise_scheduler, min(config.num_samples, len(data) // 2))
+    output, accelerator = Path(options.run.output_dir), trainer.accelerator
+    trainer.save_model(output / "model")
+    unet = UNet2DModel.from_pretrained(output / "model" / "unet")
+    count = min(options.output.num_samples, len(data) // 2)
+    samples = sample_images(options, accelerator, trainer.process, unet, count)
+    trainer.tracker.load_state_dict(trainer.tracked())
+    if not accelerator.is_main_process:
+        return
+    trainer.tracker.save(output / "tracker.safetensors")
+    figure = plots.plot_loss_by_noise(
+        trainer.tracker.compute(), log.validations(), target=trainer.process.prediction_type
+    )
+    plots.save(figure, output / "loss_by_noise.png")
     image_grid(samples[:100]).save(output / "samples.png")
-    results = measure(config, data, samples)
+    results = measure(options, accelerator, data, samples)
     save_results(
         output / "results.json",
-        method=config.method,
-        hyperparameters=parse_settings(config.set),
-        steps=config.max_steps,
-        seed=config.seed,
+        method=options.weight.method,
+        hyperparameters=parse_settings(options.weight.set),
+        steps=options.optimizer.max_steps,
+        seed=options.run.seed,
         training_seconds=round(seconds, 1),
         **results,
     )
-    print(
-        f"Fréchet distance ({results['features']}, n={results['count']}): {results['frechet_distance']:.4f}; "
-        f"real against real: {results['frechet_distance_real_vs_real']:.4f}. Everything is in {output}/"
-    )
+    shown = ", ".join(f"{key} {value:.4g}" for key, value in results.items() if "error" not in key)
+    print(f"{shown}. Everything is in {output}/")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except CheckpointError as error:
+        raise SystemExit(str(error)) from None

@@ -65,8 +65,8 @@ def _from_hub(source: str, name: str | None) -> Any:
         raise FileNotFoundError(f"`dataset` {source!r} is neither a folder here nor a hub data set: {reason}") from None
 
 
-class ImageTensors(torch.utils.data.Dataset[Tensor]):
-    """The images of a data set as (channels, resolution, resolution) float32 tensors in [-1, 1].
+class ImageTensors(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+    """The images of a data set as (channels, resolution, resolution) float32 tensors in [-1, 1], each with its class.
 
     The shorter side is scaled to ``resolution`` and the middle cut out; an image that fits is left as it is.
 
@@ -75,27 +75,43 @@ class ImageTensors(torch.utils.data.Dataset[Tensor]):
         column: the column that holds the images.
         resolution: pixels of a side.
         channels: 1 (grey) or 3 (RGB).
+        label_column: the column that holds the classes, or None: then every class is 0.
+        num_classes: classes lie in [0, num_classes).
 
     Raises:
-        ValueError: no images, or another number of channels; when indexed, an image that cannot be decoded.
+        ValueError: no images, another number of channels, no such column; when indexed, an image that cannot be
+            decoded or a class outside the range.
     """
 
-    def __init__(self, data: datasets.Dataset, column: str, resolution: int, channels: int) -> None:
+    def __init__(
+        self,
+        data: datasets.Dataset,
+        column: str,
+        resolution: int,
+        channels: int,
+        label_column: str | None = None,
+        num_classes: int = 0,
+    ) -> None:
         modes = {1: "L", 3: "RGB"}
         if channels not in modes:
             raise ValueError(f"`channels` must be one of {list(modes)}, got {channels}.")
         if len(data) == 0:
             raise ValueError("`dataset` has no images.")
-        self._cells = data.select_columns([column])
-        self._column = column
+        if label_column is not None and label_column not in data.column_names:
+            raise ValueError(f"`label_column` {label_column!r} is not there; choose one of {data.column_names}.")
+        self._cells = data.select_columns([column] + ([label_column] if label_column else []))
+        self._column, self._label_column, self._num_classes = column, label_column, num_classes
         self._resolution = resolution
         self._mode = modes[channels]
 
     def __len__(self) -> int:
         return len(self._cells)
 
-    def __getitem__(self, index: int) -> Tensor:
-        cell = self._cells[index][self._column]
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        row = self._cells[index]
+        cell, label = row[self._column], row[self._label_column] if self._label_column else 0
+        if self._label_column and not 0 <= label < self._num_classes:
+            raise ValueError(f"Image {index} has class {label}, outside [0, {self._num_classes}): set `num_classes`.")
         try:
             image = Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
             image = _fit(image.convert(self._mode), self._resolution)
@@ -103,7 +119,7 @@ class ImageTensors(torch.utils.data.Dataset[Tensor]):
             where = f" ({cell['path']})" if cell and cell.get("path") else ""
             raise ValueError(f"Image {index} of the data set{where} cannot be decoded: {error}") from None
         pixels = torch.from_numpy(np.array(image)).reshape(self._resolution, self._resolution, -1)
-        return pixels.permute(2, 0, 1) / 127.5 - 1
+        return pixels.permute(2, 0, 1) / 127.5 - 1, torch.tensor(label)
 
 
 def _fit(image: Image.Image, resolution: int) -> Image.Image:
@@ -124,12 +140,12 @@ class SeededBatches(torch.utils.data.Sampler[list[int]]):
         size: number of images.
         batch_size: of one process.
         seed: of the permutations.
-        steps: how many batches.
+        steps: numbers of the batches, from 0; a run that goes on starts at a later one.
         rank: of the process.
         world: number of processes.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, steps: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, size: int, batch_size: int, seed: int, steps: range, rank: int = 0, world: int = 1) -> None:
         self._per_epoch = size // (batch_size * world)
         if self._per_epoch == 0:
             raise ValueError(
@@ -139,20 +155,25 @@ class SeededBatches(torch.utils.data.Sampler[list[int]]):
         self._rank, self._world = rank, world
 
     def __len__(self) -> int:
-        return self._steps
+        return len(self._steps)
 
     def __iter__(self):  # type: ignore[no-untyped-def]
         span = self._batch_size * self._world
-        for step in range(self._steps):
+        current = -1
+        for step in self._steps:
             epoch, batch = divmod(step, self._per_epoch)
-            if batch == 0:
-                order = torch.randperm(self._size, generator=generator(self._seed, epoch))
+            if epoch != current:
+                order, current = torch.randperm(self._size, generator=generator(self._seed, epoch)), epoch
             start = batch * span + self._rank * self._batch_size
             yield order[start : start + self._batch_size].tolist()
 
 
 def generator(*keys: int, device: torch.device | str = "cpu") -> torch.Generator:
     """Return a generator whose stream is a function of the keys (seed, step, ...), each non-negative."""
+    return torch.Generator(device).manual_seed(seed_of(*keys))
+
+
+def seed_of(*keys: int) -> int:
+    """Hash keys into a seed for torch."""
     # SeedSequence pads with zeros: without the count (1,) and (1, 0) would be one stream
-    seed = np.random.SeedSequence((len(keys), *keys)).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(seed))
+    return int(np.random.SeedSequence((len(keys), *keys)).generate_state(1, np.uint64)[0])

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # Okabe & Ito's colours, told apart by colour-blind readers, and line styles for black and white
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", "-.", ":")
+_FEW = 10  # samples in a bin, below which its standard deviation is not drawn
 _X_LABEL = "log-SNR   (noise  ←   → clean)"
 
 
@@ -106,11 +107,17 @@ def _mean_on(density: Density, log_snr: Tensor, weight: Tensor) -> float:
     return float(torch.trapezoid(p * weight, log_snr) / torch.trapezoid(p, log_snr))
 
 
-def plot_loss_by_noise(statistics: LossStatistics, *, target: str = "epsilon") -> Figure:
-    """Draw mean and standard deviation of the unweighted loss over log-SNR, and how many samples each bin has.
+def plot_loss_by_noise(
+    statistics: LossStatistics,
+    validations: Mapping[int, tuple[Sequence[float], Sequence[float]]] | None = None,
+    *,
+    target: str = "epsilon",
+) -> Figure:
+    """Draw mean and standard deviation of the unweighted loss over log-SNR; beside it the held-out loss, if any.
 
     Args:
         statistics: of a tracker.
+        validations: step -> (log-SNR, mean loss) on held-out data; without it the right side has the sample counts.
         target: what the loss is the mean squared error of; for the axis.
 
     Example:
@@ -125,12 +132,29 @@ def plot_loss_by_noise(statistics: LossStatistics, *, target: str = "epsilon") -
     seen = statistics.count > 0
     centres = ((statistics.edges[1:] + statistics.edges[:-1]) / 2)[seen]
     mean, deviation = statistics.mean[seen], statistics.variance[seen].sqrt()
+    deviation[statistics.count[seen] < _FEW] = torch.nan
     left.plot(centres, mean, color=_COLOURS[0], marker="o", ms=3, label="mean")
     left.plot(centres, deviation, color=_COLOURS[1], marker="s", ms=3, ls="--", label="standard deviation")
     left.set_yscale("log")
     left.legend(frameon=False, fontsize=9)
-    _finish(left, "unweighted loss by noise level", f"mean squared error of {target}")
+    _finish(left, "training: unweighted loss by noise level", f"mean squared error of {target}")
+    if validations:
+        _draw_validations(right, validations)
+        right.set(xlim=left.get_xlim(), ylim=left.get_ylim())
+        _finish(right, "held-out images", f"mean squared error of {target}")
+        return figure
     width = float(statistics.edges[1] - statistics.edges[0])
     right.bar(centres, statistics.count[seen], width=0.9 * width, color=_COLOURS[5])
     _finish(right, "where the samples were", "samples per bin")
     return figure
+
+
+def _draw_validations(ax: Axes, validations: Mapping[int, tuple[Sequence[float], Sequence[float]]]) -> None:
+    """Draw one curve per step, from pale to dark; of many only some, the first and the last among them."""
+    steps = sorted(validations)
+    chosen = sorted({steps[round(i * (len(steps) - 1) / 5)] for i in range(6)})
+    for i, step in enumerate(chosen):
+        shade = 0.25 + 0.75 * (i + 1) / len(chosen)
+        ax.plot(*validations[step], color=_COLOURS[0], alpha=shade, marker="o", ms=2.5, label=f"step {step}")
+    ax.set_yscale("log")
+    ax.legend(frameon=False, fontsize=9)

@@ -119,8 +119,9 @@ def as_schedule(source: Any) -> Schedule:
         return DiscreteSchedule(source)
     if isinstance(source, str):
         return _by_name(source)
-    if isinstance(source, Schedule):
-        return source
+    if all(hasattr(type(source), method) for method in ("log_snr", "check", "grid")):
+        schedule: Schedule = source
+        return schedule
     return _read_scheduler(source)
 
 

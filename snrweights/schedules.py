@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ def alphas_cumprod_from_betas(betas: Tensor) -> Tensor:
     return torch.cumprod(1.0 - betas.detach().to("cpu", torch.float64), dim=0)
 
 
-@runtime_checkable
 class Schedule(Protocol):
     """What a schedule must offer; a user's own class needs no base class.
 

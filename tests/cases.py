@@ -1,10 +1,11 @@
-"""What several test files run over: schedules, and golden numbers with their reader."""
+"""What several test files share: schedules, golden numbers, and a detector of waits for the device."""
 
 import dataclasses
 import json
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from snrweights import CosineSchedule, DiscreteSchedule, EDMSchedule, FlowSchedule
 
@@ -32,3 +33,12 @@ def golden(name):
 def numbers(row):
     """Turn a golden row into a float64 tensor; JSON spells NaN and infinity as words."""
     return torch.tensor([float(value) for value in row], dtype=torch.float64)
+
+
+class NoHostSync(TorchDispatchMode):
+    """Raises where a tensor's value is brought to the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "it waits for the device"
+        assert func is not torch.ops.aten.nonzero.default, "a shape depends on values"
+        return func(*args, **(kwargs or {}))

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from snrweights import CosineSchedule, DiscreteSchedule, EDMSchedule, FlowSchedule, as_schedule
-from snrweights.schedules import Schedule
+from snrweights.schedules import exact_dtype
 
 NAMES = ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"]
 INF = math.inf
@@ -144,6 +144,11 @@ def test_a_grid_runs_from_clean_to_noisy_and_is_legal(schedule, first, last):
     schedule.check(grid[1:-1])
 
 
+def test_a_device_without_float64_works_in_float32():
+    assert exact_dtype(torch.device("mps")) == torch.float32
+    assert exact_dtype(torch.device("cpu")) == exact_dtype(torch.device("cuda")) == torch.float64
+
+
 def test_a_users_own_class_is_a_schedule():
     class Polynomial:
         prediction_type, sigma_data, coords = "epsilon", None, "vp"
@@ -158,14 +163,17 @@ def test_a_users_own_class_is_a_schedule():
             return torch.linspace(0, 1, 11)
 
     schedule = Polynomial()
-    assert isinstance(schedule, Schedule)
     assert as_schedule(schedule) is schedule
 
 
 # bad input ------------------------------------------------------------------------------------------------------------
 
 BAD_ARGUMENTS = [
-    (lambda: DiscreteSchedule([0.9, 0.5]), TypeError, "`alphas_cumprod` must be a float32 or float64 tensor, got list."),
+    (
+        lambda: DiscreteSchedule([0.9, 0.5]),
+        TypeError,
+        "`alphas_cumprod` must be a float32 or float64 tensor, got list.",
+    ),
     (lambda: as_schedule(f64(0.9, 0.5).half()), TypeError, "float32 or float64 tensor, got torch.float16."),
     (lambda: as_schedule(torch.tensor([1, 0])), TypeError, "float32 or float64 tensor, got torch.int64."),
     (lambda: as_schedule(f64(0.9)), ValueError, "`alphas_cumprod` must have shape (T,) with T >= 2, got (1,)."),
@@ -174,17 +182,33 @@ BAD_ARGUMENTS = [
     (lambda: as_schedule(f64(0.5, -0.5)), ValueError, "`alphas_cumprod` must lie in [0, 1], got -0.5 to 0.5."),
     (lambda: as_schedule(f64(0.5, math.nan)), ValueError, "`alphas_cumprod` must lie in [0, 1], got nan"),
     (lambda: as_schedule(f64(0.9, 0.2, 0.3)), ValueError, "must not increase, but t=2 is above t=1; is it reversed?"),
-    (lambda: as_schedule("quadratic"), ValueError, "Unknown schedule 'quadratic'; choose one of ['linear', 'scaled_linear'"),
+    (
+        lambda: as_schedule("quadratic"),
+        ValueError,
+        "Unknown schedule 'quadratic'; choose one of ['linear', 'scaled_linear'",
+    ),
     (lambda: DiscreteSchedule.from_name("x"), ValueError, f"Unknown schedule 'x'; choose one of {NAMES}."),
     (lambda: CosineSchedule(resolution=0), ValueError, "`CosineSchedule(resolution=...)` must be > 0, got 0."),
     (lambda: CosineSchedule(t_min=0.9, t_max=0.5), ValueError, "`CosineSchedule(t_min=...)` must be in [0, t_max)"),
     (lambda: CosineSchedule(t_max=1.5), ValueError, "`CosineSchedule(t_max=...)` must be"),
     (lambda: FlowSchedule(shift=-1), ValueError, "`FlowSchedule(shift=...)` must be > 0, got -1."),
-    (lambda: FlowSchedule(num_train_timesteps=0), ValueError, "`FlowSchedule(num_train_timesteps=...)` must be > 0, got 0."),
+    (
+        lambda: FlowSchedule(num_train_timesteps=0),
+        ValueError,
+        "`FlowSchedule(num_train_timesteps=...)` must be > 0, got 0.",
+    ),
     (lambda: FlowSchedule(s_min=1), ValueError, "`FlowSchedule(s_min=...)` must be in [0, 1), got 1."),
     (lambda: EDMSchedule(sigma_data=-1), ValueError, "`EDMSchedule(sigma_data=...)` must be > 0, got -1."),
-    (lambda: EDMSchedule(sigma_min=90), ValueError, "`EDMSchedule(sigma_min=...)` must be > 0 and below sigma_max, got 90."),
-    (lambda: EDMSchedule(timestep="t"), ValueError, "`EDMSchedule(timestep=...)` must be 'sigma' or 'c_noise', got 't'."),
+    (
+        lambda: EDMSchedule(sigma_min=90),
+        ValueError,
+        "`EDMSchedule(sigma_min=...)` must be > 0 and below sigma_max, got 90.",
+    ),
+    (
+        lambda: EDMSchedule(timestep="t"),
+        ValueError,
+        "`EDMSchedule(timestep=...)` must be 'sigma' or 'c_noise', got 't'.",
+    ),
     (lambda: as_schedule(7), TypeError, "Cannot read a noise schedule from int; give a diffusers scheduler"),
 ]
 

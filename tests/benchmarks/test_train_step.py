@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from snrweights.integrations.config import load_preset
 
 import snrweights
-from snrweights.integrations.config import load_preset
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train.py"
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from snrweights.integrations.frechet import frechet_distance
+from snrweights.integrations.distances import frechet_distance
 
 
 @pytest.mark.parametrize(("n", "d"), [(200, 5), (6, 20)])

@@ -1,0 +1,63 @@
+"""Examples in docstrings and README run; every public name has one; tables are those of the registry."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import snrweights.integrations
+
+import snrweights
+from snrweights.report import methods_table
+from snrweights.weightings.parity import _PARITY
+
+ROOT = Path(__file__).parents[1]
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+MODULES = sorted(
+    {"snrweights", "snrweights.integrations"}
+    | {module.name for module in pkgutil.walk_packages(snrweights.__path__, "snrweights.")}
+    | {module.name for module in pkgutil.walk_packages(snrweights.integrations.__path__, "snrweights.integrations.")}
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_of_a_module_run(name):
+    failed, _ = doctest.testmod(importlib.import_module(name), optionflags=FLAGS)
+    assert failed == 0
+
+
+def test_the_examples_of_the_readme_run():
+    failed, tried = doctest.testfile(
+        str(ROOT / "README.md"), module_relative=False, optionflags=FLAGS, globs={"snrweights": snrweights}
+    )
+    assert failed == 0
+    assert tried > 0
+
+
+@pytest.mark.parametrize("name", [name for name in snrweights.__all__ if callable(getattr(snrweights, name))])
+def test_a_public_callable_has_an_example(name):
+    doc = inspect.getdoc(getattr(snrweights, name))
+    assert "Example:\n" in doc
+    assert ">>> " in doc
+
+
+def test_every_public_name_exists_and_is_sorted():
+    assert all(hasattr(snrweights, name) for name in snrweights.__all__)
+    assert snrweights.__all__ == sorted(snrweights.__all__)
+
+
+@pytest.mark.parametrize("cls", [*snrweights.weightings.base._REGISTRY.values(), *_PARITY.values()])
+def test_a_weighting_states_its_formula_and_source(cls):
+    assert cls.formula
+    assert cls.source
+    assert cls.__doc__
+    assert not cls.__doc__.startswith(f"{cls.__name__}(")  # what a dataclass writes by itself
+
+
+def test_the_readme_has_the_table_of_the_registry():
+    table = re.search(r"<!-- methods -->\n(.*?)\n<!-- /methods -->", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert table.group(1) == methods_table(markdown=True)

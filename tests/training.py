@@ -1,0 +1,59 @@
+"""Running examples/train.py in tests: as a child process that can be killed, and what must be equal between runs."""
+
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TINY = [
+    *("--block-out-channels", "32", "--attention", "False", "--train-batch-size", "4", "--dropout", "0.1"),
+    *("--validation-images", "4", "--num-samples", "4", "--num-inference-steps", "2", "--lr-warmup-steps", "3"),
+]
+
+
+def main(argv, threads=1):
+    """Run train.main in this process, as the script does when launched."""
+    torch.set_num_threads(threads)
+    sys.path.insert(0, str(EXAMPLES))
+    import train
+
+    try:
+        train.main(argv)
+    except train.CheckpointError as error:
+        raise SystemExit(str(error)) from None
+
+
+def start(argv, before=None):
+    """Start train.main in a child of a server that has everything imported already."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training", "diffusers", "accelerate", "datasets", "snrweights.plots"])
+    process = context.Process(target=_child, args=(argv, before))
+    process.start()
+    return process
+
+
+def _child(argv, before):
+    os.setsid()  # a group of its own, so that a signal can be sent to it
+    if before is not None:
+        before()
+    main(argv)
+
+
+def final_state(run, step):
+    """Return every tensor of the checkpoint of a step, and of the model saved at the end."""
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    tensors = load_file(folder / "state.safetensors")
+    assert {name.split(".")[0] for name in tensors} >= {"model", "optimizer", "ema", "tracker"}
+    saved = run / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    return tensors | {f"saved.{k}": v for k, v in load_file(saved).items()}
+
+
+def assert_bit_equal(one, two):
+    assert one.keys() == two.keys()
+    different = [name for name in one if not torch.equal(one[name], two[name])]
+    assert different == []
