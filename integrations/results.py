@@ -53,7 +53,9 @@ class MetricsLog:
         centres = ((statistics.edges[1:] + statistics.edges[:-1]) / 2)[seen].tolist()
         losses = statistics.mean[seen].tolist()
         mean = float((statistics.mean * statistics.count)[seen].sum() / statistics.count.sum())
-        scalars = {f"validation_loss_at_log_snr/{centre:+.1f}": loss for centre, loss in zip(centres, losses, strict=True)}
+        scalars = {
+            f"validation_loss_at_log_snr/{centre:+.1f}": loss for centre, loss in zip(centres, losses, strict=True)
+        }
         self._accelerator.log({"validation_loss": mean, **scalars}, step=step)
         self._append({"step": step, "validation_loss": mean, "log_snr": centres, "validation_loss_by_log_snr": losses})
 

@@ -3,7 +3,7 @@
 >>> import torch
 >>> import snrweights
 >>> snrweights.loss_weight(torch.tensor([10, 500]), "linear", "min_snr", prediction_type="epsilon", gamma=5)
-tensor([0.0107, 1.0000])
+tensor([0.0110, 1.0000])
 """
 
 from snrweights import weightings  # registers the weightings

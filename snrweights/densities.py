@@ -90,10 +90,13 @@ class FlowUniform:
 
     Example:
         >>> FlowUniform(shift=3.0).icdf(torch.tensor([0.75]))
-        tensor([1.1102e-16], dtype=torch.float64)
+        tensor([0.], dtype=torch.float64)
     """
 
     shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive("shift", self.shift)
 
     def log_prob(self, log_snr: Tensor) -> Tensor:
         """Return ln p, any shape."""
@@ -176,7 +179,7 @@ class LogUniform:
         low, high = -2 * math.log(self.sigma_max), -2 * math.log(self.sigma_min)
         slack = 1e-9  # the ends themselves belong to the range, also after a rounding
         inside = (log_snr >= low - slack) & (log_snr <= high + slack)
-        return torch.where(inside, -math.log(high - low), -math.inf)
+        return torch.where(inside, torch.full_like(log_snr, -math.log(high - low)), -math.inf)
 
     def icdf(self, u: Tensor) -> Tensor:
         """Return the quantile of u."""
@@ -227,7 +230,9 @@ class Cauchy:
     def log_prob(self, log_snr: Tensor) -> Tensor:
         """Return ln p, any shape."""
         z = (log_snr.double() - self.loc) / self.scale
-        return -torch.log1p(z * z) - math.log(math.pi * self.scale)
+        # its tail is no power of SNR: at LIMIT, which stands for infinity, only the limit itself is right
+        infinite = log_snr.abs() == LIMIT
+        return torch.where(infinite, -math.inf, -torch.log1p(z * z) - math.log(math.pi * self.scale))
 
     def icdf(self, u: Tensor) -> Tensor:
         """Return the quantile of u."""
@@ -238,7 +243,8 @@ class Cauchy:
 class Mode:
     """SD3's mode density on a straight flow: t = 1 - u - s (cos²(pi u / 2) - 1 + u) (arXiv 2403.03206).
 
-    ``reversed=True`` where t indexes a descending table, as in diffusers' scripts (see ``logit_normal``).
+    Symmetric in log-SNR before the shift, so that a draw used as an index into a descending table, as in diffusers'
+    scripts, has the same density.
 
     Example:
         >>> round(Mode().icdf(torch.tensor([0.5])).item(), 12)
@@ -247,7 +253,6 @@ class Mode:
 
     scale: float = 1.29
     shift: float = 1.0
-    reversed: bool = False
 
     def __post_init__(self) -> None:
         if not -1 <= self.scale <= 2 / (math.pi - 2):
@@ -256,14 +261,13 @@ class Mode:
             )
         _positive("shift", self.shift)
 
-    def _time(self, u: Tensor) -> Tensor:
-        return 1 - u - self.scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
+    def _signal(self, u: Tensor) -> Tensor:
+        return (1 + self.scale) * u - self.scale * torch.sin(math.pi / 2 * u) ** 2  # 1 - t, exact near u = 0
 
     def icdf(self, u: Tensor) -> Tensor:
         """Return the quantile of u."""
         u = u.double()  # time falls with u, so log-SNR rises; the map is symmetric under u -> 1 - u, t -> 1 - t
-        t = self._time(u)
-        return 2 * (torch.log(self._time(1 - u)) - torch.log(t)) - 2 * math.log(self.shift)
+        return 2 * (torch.log(self._signal(u)) - torch.log(self._signal(1 - u))) - 2 * math.log(self.shift)
 
     def log_prob(self, log_snr: Tensor) -> Tensor:
         """Return ln p, any shape, by bisection for u."""
@@ -290,12 +294,12 @@ class TableDensity:
         log_snr: (T,) float64, non-increasing.
     """
 
-    log_snr: Tensor
+    log_snr: Tensor = field(repr=False)
     _finite: Tensor = field(init=False, repr=False)
     _log_density: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        finite = self.log_snr[self.log_snr.isfinite()].flip(0)  # ascending, as searchsorted wants it
+        finite = self.log_snr[self.log_snr.isfinite()].unique()  # ascending, as searchsorted wants it
         (slope,) = torch.gradient(finite)
         object.__setattr__(self, "_finite", finite)
         object.__setattr__(self, "_log_density", -torch.log(slope * len(self.log_snr)))

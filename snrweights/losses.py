@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from snrweights.densities import Density
+from snrweights.schedules import DiscreteSchedule
 from snrweights.weightings.base import BoundWeighting, Normalize, Weighting, get_weighting
 
 Method = str | Weighting | Callable[[Tensor], Tensor]
@@ -61,7 +62,7 @@ def loss_weight(
 
     Example:
         >>> loss_weight(torch.tensor([10, 500, 900]), "linear", "min_snr", prediction_type="epsilon", gamma=5.0)
-        tensor([0.0107, 1.0000, 1.0000])
+        tensor([0.0110, 1.0000, 1.0000])
     """
     t = _as_timesteps(t)
     key = (id(schedule), method, prediction_type, density, normalize, clamp_max, dtype, *hp.items())
@@ -85,7 +86,7 @@ def loss_weight(
         if len(_cache) > _CACHE_SIZE:
             _cache.popitem(last=False)
     bound = entry[2]
-    if t.is_floating_point():
+    if t.is_floating_point() or not isinstance(bound.schedule, DiscreteSchedule):
         bound.schedule.check(t)
     return bound(t)
 
@@ -199,5 +200,7 @@ def weighted_loss(
     errors = per_sample_mse(prediction, target, mask)
     weight = loss_weight(t, schedule, method, **options)
     if weight.shape != errors.shape:
-        raise ValueError(f"`t` must have one timestep per sample, shape {tuple(errors.shape)}, got {tuple(t.shape)}.")
+        raise ValueError(
+            f"`t` must have one timestep per sample, shape {tuple(errors.shape)}, got {tuple(weight.shape)}."
+        )
     return _REDUCTIONS[reduction](weight * errors)

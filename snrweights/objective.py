@@ -33,6 +33,10 @@ class Objective:
         cubed_weight: ``E[w_eps³]``, 1 for ``ddpm``. One SGD step's noise, (eta²/2) Tr(H Sigma_g), scales as w * w² if
             curvature and gradient covariance scale as they do at weight 1: an interpretation, not a theorem.
         cubed_weight_at_equal_mean: ``E[w_eps³] / E[w_eps]³``, the same without the change of loss scale; >= 1.
+
+    Example:
+        >>> round(objective("linear", "ddpm", prediction_type="epsilon").cubed_weight, 9)
+        1.0
     """
 
     log_snr: Tensor
@@ -83,6 +87,8 @@ def objective(
         >>> objective("squaredcos_cap_v2", "min_snr", prediction_type="epsilon").monotone
         False
     """
+    if not headroom_snr > 0:
+        raise ValueError(f"`headroom_snr` must be > 0, got {headroom_snr!r}.")
     schedule = as_schedule(schedule)
     weighting = get_weighting(method, **hp)
     curve = weighting.curve(schedule, prediction_type=prediction_type, density=density, clamp_max=clamp_max)

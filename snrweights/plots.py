@@ -144,7 +144,7 @@ def plot_loss_by_noise(
         _finish(right, "held-out images", f"mean squared error of {target}")
         return figure
     width = float(statistics.edges[1] - statistics.edges[0])
-    right.bar(centres, statistics.count[seen], width=0.9 * width, color=_COLOURS[5])
+    right.bar(centres.tolist(), statistics.count[seen].tolist(), width=0.9 * width, color=_COLOURS[5])
     _finish(right, "where the samples were", "samples per bin")
     return figure
 

@@ -21,8 +21,9 @@ def methods_table(*, markdown: bool = False) -> str:
     """
     rows = [_row(cls) for cls in _REGISTRY.values()]
     if markdown:
-        lines = [f"| `{name}` | {formula} | {hyper} | {source} |" for name, formula, hyper, source in rows]
-        return "\n".join(["| " + " | ".join(_HEAD) + " |", "|---" * len(_HEAD) + "|", *lines])
+        cells = [(f"`{name}`", *(cell.replace("|", r"\|") for cell in rest)) for name, *rest in rows]
+        head = ["| " + " | ".join(_HEAD) + " |", "|---" * len(_HEAD) + "|"]
+        return "\n".join(head + ["| " + " | ".join(row) + " |" for row in cells])
     widths = [max(len(row[i]) for row in [_HEAD, *rows]) for i in range(len(_HEAD))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [_HEAD, *rows]

@@ -152,11 +152,14 @@ def _read_scheduler(scheduler: Any) -> Schedule:
     for refused, reason in REFUSED.items():
         if _is_a(scheduler, refused):
             raise TypeError(f"{name} has no training schedule: {reason}.")
-    if _is_a(scheduler, *_ORDERED_BY_SET_TIMESTEPS) and scheduler.num_inference_steps is None:
+    ordered = _is_a(scheduler, *_ORDERED_BY_SET_TIMESTEPS) or _config(scheduler, "use_flow_sigmas")
+    if ordered and getattr(scheduler, "num_inference_steps", 0) is None:
         raise TypeError(
             f"{name}.add_noise before set_timesteps() reads its sigmas backwards (t = 0 gets the most noise): train "
             f"with DDPMScheduler.from_config(scheduler.config), or call set_timesteps() first."
         )
+    if _is_a(scheduler, "SASolverScheduler") and _config(scheduler, "use_flow_sigmas"):
+        raise TypeError(f"{name}.add_noise does not read use_flow_sigmas: train with FlowMatchEulerDiscreteScheduler.")
     for matches, read in _READERS:
         if matches(scheduler):
             return read(scheduler)
@@ -218,6 +221,7 @@ def _read_continuous_euler(scheduler: Any) -> Schedule:
 def _read_arctangent(scheduler: Any) -> Schedule:
     """Stable Audio's t = 2/pi arctan(sigma) is the cosine schedule."""
     t_min, t_max = (math.atan(_config(scheduler, key)) * 2 / math.pi for key in ("sigma_min", "sigma_max"))
+    t_min, t_max = t_min * (1 - 1e-6), min(1.0, t_max * (1 + 1e-6))  # its own timesteps are rounded to float32
     return CosineSchedule(64.0, t_min, t_max, _config(scheduler, "prediction_type"), 1.0, "ve")
 
 

@@ -22,7 +22,13 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def hyper(default: Any, *, above: float | None = None, choices: tuple[str, ...] | None = None) -> Any:
-    """Declare a hyperparameter: a finite number (``> above`` if given), or one of ``choices``."""
+    """Declare a hyperparameter of a weighting: a finite number (``> above`` if given), or one of ``choices``.
+
+    Example:
+        >>> get_weighting("min_snr", gamma=0)
+        Traceback (most recent call last):
+        ValueError: `MinSNR(gamma=...)` must be > 0, got 0.
+    """
     return dataclasses.field(default=default, metadata={"above": above, "choices": choices})
 
 
@@ -38,6 +44,10 @@ class Weighting(ABC):
             or ``"objective"``, where it is w_KG and the weight is w_KG / p with p the density of the draws.
         formula: for people, in w_eps, w_x0 or w_KG.
         source: the paper.
+
+    Example:
+        >>> get_weighting("min_snr").target, get_weighting("min_snr").hyperparameters()
+        ('sample', {'gamma': 5.0})
     """
 
     name: ClassVar[str]
@@ -116,7 +126,7 @@ class Weighting(ABC):
         Example:
             >>> bound = get_weighting("min_snr", gamma=5).bind("linear", prediction_type="v_prediction")
             >>> bound(torch.tensor([0, 500]))
-            tensor([0.0005, 0.0723])
+            tensor([0.0005, 0.0778])
         """
         if dtype not in DTYPES:
             raise ValueError(f"`dtype` must be one of {list(DTYPES)}, got {dtype!r}.")
@@ -151,7 +161,7 @@ class WeightCurve:
         log_weight = self.weighting.log_weight(finite)
         native = self.weighting.target
         if native == "objective":
-            log_weight, native = log_weight - self.density.log_prob(log_snr), "epsilon"
+            log_weight, native = log_weight - self.density.log_prob(finite), "epsilon"
         if native != "native":
             log_weight = convert_log_weight(log_weight, finite, native, self.prediction_type, self.sigma_data)
         weight = log_weight.exp()
@@ -185,6 +195,11 @@ class BoundWeighting:
         curve: the weight as a function of log-SNR.
         schedule: the schedule it was bound to.
         dtype: of the weights returned.
+
+    Example:
+        >>> bound = get_weighting("snr_plus_one").bind("flow")
+        >>> bound(torch.tensor([0.5, 1.0]))  # 2 where SNR = 1; its limit, 1, at SNR = 0
+        tensor([0.5000, 1.0000])
     """
 
     def __init__(self, curve: WeightCurve, schedule: Schedule, weights: Tensor) -> None:
@@ -214,9 +229,9 @@ class BoundWeighting:
         table = self._table.get(t.device)
         if table is None:
             table = self._table[t.device] = next(iter(self._table.values())).to(t.device)
-        if t.ndim == 1 and not t.is_floating_point():
+        if not t.is_floating_point():
             try:
-                return table.index_select(0, t)
+                return lookup(table, t)
             except IndexError:
                 self.schedule.check(t)
                 raise

@@ -133,6 +133,10 @@ class Match:
         exact: whether the two are the same up to a constant; else they agree to leading order in the tails.
         max_deviation: largest ``|w_1 - w_2|`` of the normalised epsilon weights over the schedule.
         mean_deviation: its mean under the density.
+
+    Example:
+        >>> match("min_snr", to="smoothed_kl", schedule="linear", gamma=5).exact
+        False
     """
 
     weighting: Weighting

@@ -1,0 +1,96 @@
+"""Two gloo processes by torchrun against one process with the same global batch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from training import EXAMPLES, TINY, final_state, main
+
+pytestmark = pytest.mark.slow
+STEPS = 4
+COMMON = [*TINY, "--dropout", "0", "--max-steps", str(STEPS), "--checkpointing-steps", "2", "--num-samples", "6"]
+COMMON += ["--eval-batch-size", "2", "--random-flip", "--logging-steps", "1", "--lr-warmup-steps", "100"]
+FSDP = Path(__file__).with_name("fsdp_on_cpu.py")
+
+
+def two(output, *argv, script=()):
+    """Run train.py on two processes; accelerate would start one on a CPU, so torchrun does."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    train = [*map(str, script), str(EXAMPLES / "train.py"), *COMMON, "--output-dir", str(output), *argv]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *train]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    output = tmp_path_factory.mktemp("one") / "run"
+    main([*COMMON, "--train-batch-size", "8", "--output-dir", str(output)])
+    return output
+
+
+@pytest.fixture(scope="module", params=[(), (FSDP,)], ids=["ddp", "fsdp"])
+def both(request, tmp_path_factory):
+    output = tmp_path_factory.mktemp("two") / "run"
+    two(output, "--train-batch-size", "4", script=request.param)
+    return output, request.param
+
+
+def log(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_losses_weights_and_statistics_are_equal_to_float_tolerance(one, both):
+    first, second = final_state(one, STEPS), final_state(both[0], STEPS)
+    assert first.keys() == second.keys()
+    for name in first:
+        # Adam turns rounding of gradients near 0 into steps of up to the learning rate: 2e-4 over the four
+        torch.testing.assert_close(
+            first[name], second[name], rtol=1e-4, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
+    torch.testing.assert_close(first["tracker.moments"], second["tracker.moments"], rtol=1e-5, atol=1e-5)
+    for a, b in zip(log(one), log(both[0]), strict=True):
+        for name in a.keys() & {"loss", "validation_loss", "lr", "step"}:
+            assert a[name] == pytest.approx(b[name], rel=1e-5), name
+
+
+def test_the_weights_moved(one):
+    start, end = (load_file(one / "checkpoints" / f"step-{step:08d}" / "state.safetensors") for step in (2, 4))
+    moved = [float((end[name] - start[name]).abs().max()) for name in start if name.startswith("model.")]
+    assert sorted(moved)[len(moved) // 2] > 1e-4  # the comparison above is not one of two untouched models
+
+
+def test_samples_are_the_same_images(one, both):
+    pictures = [Image.open(run / "samples.png") for run in (one, both[0])]
+    assert pictures[0].size == pictures[1].size
+    differences = torch.tensor([abs(a - b) for a, b in zip(*(p.convert("L").tobytes() for p in pictures), strict=True)])
+    assert differences.max() <= 1  # the models differ by rounding
+
+
+def test_resumed_it_ends_bit_equal(both, tmp_path):
+    run, script = both
+    resumed = tmp_path / "run"
+    (resumed / "checkpoints").mkdir(parents=True)
+    (resumed / "checkpoints" / "step-00000002").symlink_to(run / "checkpoints" / "step-00000002")
+    (resumed / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+    two(resumed, "--train-batch-size", "4", "--resume", "latest", script=script)
+    first, second = final_state(run, STEPS), final_state(resumed, STEPS)
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    # a process's share of the statistics and of the running loss is summed in another order
+    assert different in ([], ["tracker.moments"])
+    torch.testing.assert_close(first["tracker.moments"], second["tracker.moments"], rtol=1e-12, atol=0)
+
+
+def test_sampling_alone_gives_bit_equal_images_on_one_and_two_processes(one, tmp_path):
+    """From one model the images do not depend on the number of processes at all."""
+    resumed = tmp_path / "run"
+    (resumed / "checkpoints").mkdir(parents=True)
+    (resumed / "checkpoints" / "step-00000004").symlink_to(one / "checkpoints" / "step-00000004")
+    two(resumed, "--train-batch-size", "4", "--resume", "latest")
+    assert (resumed / "samples.png").read_bytes() == (one / "samples.png").read_bytes()
