@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from snrweights.integrations.distances import frechet_distance
+from snrweights.integrations.distances import frechet_distance, kernel_distance
 
 
 @pytest.mark.parametrize(("n", "d"), [(200, 5), (6, 20)])
@@ -38,3 +38,34 @@ def test_of_a_set_with_itself_is_zero_and_of_a_shift_its_square():
 def test_bad_input(first, second, message):
     with pytest.raises(ValueError, match=message):
         frechet_distance(first, second)
+
+
+def test_kernel_distance_is_unbiased_and_equals_the_double_sum():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 40, 5, generator=generator, dtype=torch.float64)
+    n = 20  # half of them, in every subset
+    value, error = kernel_distance(x, y, subsets=400)
+
+    def kernel(a, b):
+        return (float(a @ b) / 5 + 1) ** 3
+
+    def mmd(x, y):
+        within = sum(kernel(z[i], z[j]) for z in (x, y) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+        return within - 2 * sum(kernel(a, b) for a in x for b in y) / n**2
+
+    stream = torch.Generator().manual_seed(0)
+    picks = [z[torch.randperm(40, generator=stream)[:n]] for z in (x, y)]
+    one = kernel_distance(x, y, subsets=2, seed=0)
+    rest = [z[torch.randperm(40, generator=stream)[:n]] for z in (x, y)]
+    assert one[0] == pytest.approx((mmd(*picks) + mmd(*rest)) / 2, rel=1e-10)
+    assert abs(kernel_distance(x, y + 1, subsets=400)[0]) > 10 * error
+    draws = torch.stack([torch.randn(2, 64, 5, generator=generator, dtype=torch.float64) for _ in range(200)])
+    values = [kernel_distance(a, b, subsets=2)[0] for a, b in draws]
+    mean, deviation = torch.tensor(values).mean(), torch.tensor(values).std() / 200**0.5
+    assert abs(mean) < 4 * deviation  # same distribution: zero on average
+    assert value != 0
+
+
+def test_kernel_distance_needs_two_subsets():
+    with pytest.raises(ValueError, match="`subsets` must be >= 2, got 1"):
+        kernel_distance(torch.zeros(4, 2), torch.zeros(4, 2), subsets=1)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -18,6 +19,7 @@ TINY = [
 def main(argv, threads=1):
     """Run train.main in this process, as the script does when launched."""
     torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a run before in the same process
     sys.path.insert(0, str(EXAMPLES))
     import train
 

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import evaluate
 import torch
-from snrweights.integrations.features import DISTANCE_NAMES, extractor
+from snrweights.integrations.features import DISTANCE_NAMES, Extract, extractor
 from torch import Tensor
 
 _INPUTS = """
@@ -39,7 +39,7 @@ class ImageDistance(evaluate.Metric, ABC):
         )
 
     def _download_and_prepare(self, dl_manager: Any) -> None:
-        self._extract = extractor(self.config_name)
+        self._extract: Extract | None = None  # made when first needed, or by ``use``
         self._seen: dict[str, list[Tensor]] = {"predictions": [], "references": []}
 
     @abstractmethod  # also keeps evaluate from taking this class for the module's own
@@ -58,6 +58,7 @@ class ImageDistance(evaluate.Metric, ABC):
                 continue
             if images.ndim != 4 or len(images) == 0:
                 raise ValueError(f"`{kind}` must have shape (B, C, H, W) with B >= 1, got {tuple(images.shape)}.")
+            self._extract = self._extract or extractor(self.config_name)
             self._seen[kind].append(self._extract(images))
 
     def compute(self, *, predictions: Tensor | None = None, references: Tensor | None = None, **kwargs: Any) -> Any:

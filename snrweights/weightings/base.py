@@ -86,8 +86,7 @@ class Weighting(ABC):
         """Return the weight as a function of log-SNR, in float64; arguments as for ``bind``."""
         schedule = as_schedule(schedule)
         prediction_type = check_prediction_type(prediction_type or schedule.prediction_type)
-        if normalize not in ("mean", None):
-            raise ValueError(f"`normalize` must be 'mean' or None, got {normalize!r}.")
+        _check_normalize(normalize)
         if clamp_max is not None and not clamp_max > 0:
             raise ValueError(f"`clamp_max` must be > 0, got {clamp_max!r}.")
         curve = WeightCurve(
@@ -130,14 +129,17 @@ class Weighting(ABC):
         """
         if dtype not in DTYPES:
             raise ValueError(f"`dtype` must be one of {list(DTYPES)}, got {dtype!r}.")
+        _check_normalize(normalize)
         schedule = as_schedule(schedule)
-        curve = self.curve(
-            schedule, prediction_type=prediction_type, density=density, normalize=normalize, clamp_max=clamp_max
-        )
+        curve = self.curve(schedule, prediction_type=prediction_type, density=density, clamp_max=clamp_max)
         grid = schedule.grid()
-        weights = curve(schedule.log_snr(grid)).to(dtype)
+        log_snr = schedule.log_snr(grid)
+        weights = curve(log_snr).to(dtype)
         if self.refuses_infinities and not bool(weights.isfinite().all()):
             raise ValueError(_not_finite(curve, grid, weights))
+        if normalize == "mean":
+            curve = curve.normalized()
+            weights = curve(log_snr).to(dtype)
         return BoundWeighting(curve, schedule, weights)
 
 
@@ -344,6 +346,11 @@ def build(registry: dict[str, type[Weighting]], name: str, hp: dict[str, Any]) -
         if key not in known:
             raise ValueError(f"Weighting {name!r} has no hyperparameter {key!r}; it takes {known}.")
     return registry[name](**hp)
+
+
+def _check_normalize(normalize: object) -> None:
+    if normalize not in ("mean", None):
+        raise ValueError(f"`normalize` must be 'mean' or None, got {normalize!r}.")
 
 
 def _check_hyperparameter(owner: Weighting, field: dataclasses.Field[Any]) -> None:
