@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+from snrweights.integrations.features import extractor
+
 GPU, PEAK_FLOPS, UTILISATION = "A100 (312 TFLOP/s in bf16)", 312e12, 0.3
 
 
@@ -25,8 +27,22 @@ def shrink(options: Any) -> Iterator[Any]:
         small.run.output_dir, small.run.resume, small.run.overwrite = folder, None, True
         small.optimizer.max_steps = small.output.checkpointing_steps = small.optimizer.gradient_accumulation_steps = 1
         small.optimizer.train_batch_size = small.output.num_samples = small.output.num_inference_steps = 2
+        small.output.features = _available(small.output.features, small.output.inception_weights)
         small.data.validation_images = min(small.data.validation_images, 1)
         yield small
+
+
+def _available(names: tuple[str, ...], weights: str | None) -> tuple[str, ...]:
+    """Return the features that can be loaded here; pixels stand in for the others, and it is said."""
+    found = []
+    for name in names:
+        try:
+            extractor(name, weights=weights)
+        except (ModuleNotFoundError, OSError) as error:
+            print(f"Features {name!r} cannot be loaded: {error}\nDry run: pixels stand in.")
+            name = "pixels"
+        found.append(name)
+    return tuple(dict.fromkeys(found))
 
 
 def stand_in(

@@ -1,5 +1,6 @@
 """Examples in docstrings and README run; every public name has one; tables are those of the registry."""
 
+import ast
 import doctest
 import importlib
 import inspect
@@ -61,3 +62,12 @@ def test_a_weighting_states_its_formula_and_source(cls):
 def test_the_readme_has_the_table_of_the_registry():
     table = re.search(r"<!-- methods -->\n(.*?)\n<!-- /methods -->", (ROOT / "README.md").read_text(), re.DOTALL)
     assert table.group(1) == methods_table(markdown=True)
+
+
+def test_the_training_guide_has_every_flag():
+    options = ast.parse((ROOT / "examples" / "options.py").read_text())
+    names = {node.target.id for node in ast.walk(options) if isinstance(node, ast.AnnAssign)}
+    sections = {"run", "data", "model", "weight", "optimizer", "output"}  # "process" is also a flag
+    guide = (ROOT / "examples" / "guides" / "training.md").read_text()
+    missing = [name for name in names - sections if f"`--{name.replace('_', '-')}`" not in guide]
+    assert missing == []

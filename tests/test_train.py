@@ -162,9 +162,11 @@ def test_what_is_wrong_is_said(tmp_path, monkeypatch, argv, error, said):
 def test_a_dry_run_of_the_ddpm_unet_touches_everything_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     offline(monkeypatch)
-    main(["--preset", "cifar10-linear", "--dry-run", "--features", "pixels", "--mixed-precision", "no"], threads=2)
+    main(["--preset", "cifar10-linear", "--dry-run"], threads=2)
     said = capsys.readouterr().out
     assert "random images of the same schema stand in" in said
+    assert "Features 'inception' cannot be loaded" in said
+    assert "pixels stand in" in said
     assert "parameters: 35.75 M" in said
     assert "hours on one A100" in said
     assert "30% utilisation" in said
