@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -31,7 +30,7 @@ from snrweights.integrations.config import changed_options, parse_options, save_
 from snrweights.integrations.data import ImageTensors, SeededBatches, generator, load_images, seed_of
 from snrweights.integrations.dry_run import shrink, stand_in, what_it_costs
 from snrweights.integrations.processes import PROCESSES, Process, guided
-from snrweights.integrations.results import MetricsLog, image_grid, save_results, to_bytes, to_floats
+from snrweights.integrations.results import MetricsLog, image_grid, save_results, to_bytes
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Subset
@@ -227,25 +226,6 @@ def sample_images(
     return accelerator.reduce(samples.to(accelerator.device), "sum").cpu()
 
 
-def measure(options: Options, accelerator: Accelerator, data: ImageTensors | Subset, samples: Tensor) -> dict[str, Any]:
-    """Compare samples with as many images, and these with as many others: the floor that no model can pass."""
-    order = torch.randperm(len(data), generator=generator(options.run.seed, MEASURE)).tolist()
-    results: dict[str, Any] = {"count": len(samples)}
-    for features in options.output.features:
-        for name in ("frechet_distance", "kernel_distance"):
-            sets = {"": order[len(samples) : 2 * len(samples)], "_real_vs_real": order[: len(samples)]}
-            metric = metrics.load(name, features).use(accelerator.device, options.output.inception_weights)
-            for suffix, numbers in sets.items():
-                for k in range(0, len(samples), options.output.eval_batch_size):
-                    chunk = slice(k, k + options.output.eval_batch_size)
-                    references = torch.stack([data[i][0] for i in sets[""][chunk]])
-                    others = torch.stack([data[i][0] for i in numbers[chunk]]) if suffix else to_floats(samples[chunk])
-                    metric.add_batch(predictions=others, references=references)
-                values = metric.compute()
-                results |= {key + suffix: value for key, value in values.items() if key not in ("features", "count")}
-    return results
-
-
 def load_data(options: Options) -> tuple[Subset, Subset]:
     """Return training and held-out images; the split is a function of the seed."""
     data = options.data
@@ -313,14 +293,10 @@ def train(options: Options) -> Trainer:
             checkpoints.clear()
         output.mkdir(parents=True, exist_ok=True)
         save_options(options, saved)
-        title = {options.weight.method: trainer.weight.curve.weighting}
-        weights = plots.plot_weights(
-            trainer.process.schedule,
-            title,
-            prediction_type=trainer.process.prediction_type,
-            density=trainer.process.density,
-        )
-        plots.save(weights, output / "weights.png")
+        process = trainer.process
+        choices = {"prediction_type": process.prediction_type, "density": process.density}
+        labelled = {options.weight.method: trainer.weight.curve.weighting}
+        plots.save(plots.plot_weights(process.schedule, labelled, **choices), output / "weights.png")
     log = MetricsLog(output / "metrics.jsonl", accelerator, keep_until=start)
 
     passes = range(
@@ -393,7 +369,15 @@ def finish(options: Options, trainer: Trainer, data: Subset, log: MetricsLog, se
     )
     plots.save(figure, output / "loss_by_noise.png")
     image_grid(samples[:100]).save(output / "samples.png")
-    results = measure(options, accelerator, data, samples)
+    results = metrics.compare(
+        samples,
+        data,
+        features=options.output.features,
+        order=generator(options.run.seed, MEASURE),
+        batch_size=options.output.eval_batch_size,
+        device=accelerator.device,
+        weights=options.output.inception_weights,
+    )
     save_results(
         output / "results.json",
         method=options.weight.method,

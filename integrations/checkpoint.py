@@ -163,6 +163,8 @@ def _sync(path: Path) -> None:
 def model_and_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return ``model.<name>`` and ``optimizer.<parameter>.<slot>``, whole; every process calls it, one gets it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights: Any
+    optimizer_state: Any
     weights, optimizer_state = get_state_dict(model, optimizer, options=options)
     slots = {
         f"optimizer.{parameter}.{slot}": torch.as_tensor(value)
@@ -176,8 +178,8 @@ def load_model_and_optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]
 ) -> None:
     """Take over what ``model_and_optimizer_state`` returned, on every process."""
-    weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
-    slots: dict[str, dict[str, Tensor]] = {}
+    weights: Any = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+    slots: Any = {}
     for name, value in state.items():
         if name.startswith("optimizer."):
             parameter, slot = name.removeprefix("optimizer.").rsplit(".", 1)

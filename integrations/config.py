@@ -41,7 +41,7 @@ def parse_options(kind: type[C], presets: Path, default_preset: str, argv: Seque
         raise SystemExit(f"Unknown option {unknown[0]!r}; choose one of {_flags(base)}.")
     if options.weight.method != base.weight.method and _option(argv, "--set") is None:  # type: ignore[attr-defined]
         options.weight.set = ()
-    return options  # type: ignore[no-any-return]
+    return options
 
 
 def _flags(options: Any) -> list[str]:
@@ -73,7 +73,7 @@ def load_preset(kind: type[C], presets: Path, name: str) -> C:
     options: Any = kind()
     _fill(options, yaml.safe_load((presets / f"{name}.yaml").read_text()) or {}, f"preset {name!r}")
     options.preset = name
-    return options  # type: ignore[no-any-return]
+    return options
 
 
 def _fill(options: Any, values: dict[str, Any], where: str) -> None:

@@ -113,8 +113,8 @@ class ImageTensors(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         if self._label_column and not 0 <= label < self._num_classes:
             raise ValueError(f"Image {index} has class {label}, outside [0, {self._num_classes}): set `num_classes`.")
         try:
-            image = Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
-            image = _fit(image.convert(self._mode), self._resolution)
+            encoded = Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
+            image = _fit(encoded.convert(self._mode), self._resolution)
         except (UnidentifiedImageError, OSError, TypeError) as error:
             where = f" ({cell['path']})" if cell and cell.get("path") else ""
             raise ValueError(f"Image {index} of the data set{where} cannot be decoded: {error}") from None
@@ -125,8 +125,8 @@ class ImageTensors(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 def _fit(image: Image.Image, resolution: int) -> Image.Image:
     if min(image.size) != resolution:
         scale = resolution / min(image.size)
-        size = tuple(max(resolution, round(side * scale)) for side in image.size)
-        image = image.resize(size, Image.Resampling.LANCZOS)
+        width, height = (max(resolution, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
     left, top = ((side - resolution) // 2 for side in image.size)
     return image.crop((left, top, left + resolution, top + resolution))
 

@@ -12,9 +12,8 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
-
 from snrweights.integrations.features import extractor
+from torch.utils.flop_counter import FlopCounterMode
 
 GPU, PEAK_FLOPS, UTILISATION = "A100 (312 TFLOP/s in bf16)", 312e12, 0.3
 

@@ -109,17 +109,17 @@ class FlowProcess(Process):
     prediction_type = "flow_prediction"
 
     def __init__(self, density: str, mean: float, std: float, shift: float) -> None:
-        choices = {"uniform": FlowUniform(shift), "logit_normal": logit_normal(mean, std, shift)}
+        choices: dict[str, Density] = {"uniform": FlowUniform(shift), "logit_normal": logit_normal(mean, std, shift)}
         if density not in choices:
             raise ValueError(f"`time_density` of a flow must be one of {list(choices)}, got {density!r}.")
-        self.density = choices[density]
+        self.density = self._drawn = choices[density]
         self.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
         # draws are continuous and reach below the scheduler's smallest sigma
         self.schedule = FlowSchedule(shift, self.scheduler.config.num_train_timesteps)
 
     def timesteps(self, u: Tensor) -> Tensor:
         """Return 1000 s with s the noise level at the quantile u of the density."""
-        log_snr = self.density.icdf(_inside(u))
+        log_snr = self._drawn.icdf(_inside(u))
         return (torch.sigmoid(-log_snr / 2) * self.scheduler.config.num_train_timesteps).float()
 
     def sample(self, predict: Denoise, noise: Tensor, steps: int) -> Tensor:
@@ -138,10 +138,13 @@ class EDMProcess(Process):
     prediction_type = "edm"
 
     def __init__(self, density: str, mean: float, std: float, sigma_data: float, sigma_min: float, sigma_max: float):
-        choices = {"log_normal": log_normal_sigma(mean, std), "log_uniform": LogUniform(sigma_min, sigma_max)}
+        choices: dict[str, Density] = {
+            "log_normal": log_normal_sigma(mean, std),
+            "log_uniform": LogUniform(sigma_min, sigma_max),
+        }
         if density not in choices:
             raise ValueError(f"`time_density` of EDM must be one of {list(choices)}, got {density!r}.")
-        self.density = choices[density]
+        self.density = self._drawn = choices[density]
         self.schedule = EDMSchedule(sigma_data, sigma_min, sigma_max)
         self.scheduler = EDMEulerScheduler(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data)
         self._range = (sigma_min, sigma_max)
@@ -152,7 +155,7 @@ class EDMProcess(Process):
 
     def timesteps(self, u: Tensor) -> Tensor:
         """Return sigma at the quantile u of the density."""
-        return torch.exp(-self.density.icdf(_inside(u)) / 2).float()
+        return torch.exp(-self._drawn.icdf(_inside(u)) / 2).float()
 
     def sample(self, predict: Denoise, noise: Tensor, steps: int) -> Tensor:
         """Sample with Heun's method on the ODE of Karras 2022 (arXiv 2206.00364), Algorithm 1."""

@@ -379,7 +379,7 @@ def as_density(density: Density | str | None, schedule: Schedule) -> Density:
     if isinstance(density, str):
         if density not in DENSITIES:
             raise ValueError(f"Unknown density {density!r}; choose one of {list(DENSITIES)}.")
-        return DENSITIES[density]()  # type: ignore[operator, no-any-return]
+        return DENSITIES[density]()  # type: ignore[operator]
     if isinstance(density, Density):
         return density
     raise TypeError(f"`density` must be a Density, a name in {list(DENSITIES)} or None, got {type(density).__name__}.")

@@ -4,6 +4,7 @@ import datasets  # noqa: F401  (evaluate looks for this line)
 from snrweights.integrations.distances import kernel_distance
 from snrweights.integrations.features import DISTANCE_NAMES
 from snrweights.integrations.metrics.base import ImageDistance
+from torch import Tensor
 
 
 class KernelDistance(ImageDistance):
@@ -12,7 +13,7 @@ class KernelDistance(ImageDistance):
     description = __doc__
     citation = "Binkowski et al. 2018, Demystifying MMD GANs, arXiv 1801.01401"
 
-    def _compute(self, predictions, references, subsets=100, subset_size=1000, seed=0):
+    def _compute(self, predictions: Tensor, references: Tensor, **options: int) -> dict[str, float]:
         name = DISTANCE_NAMES[self.config_name][1]
-        value, error = kernel_distance(predictions, references, subsets=subsets, subset_size=subset_size, seed=seed)
+        value, error = kernel_distance(predictions, references, **options)
         return {name: value, f"{name}_standard_error": error}
