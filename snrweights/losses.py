@@ -85,6 +85,7 @@ def loss_weight(
         entry = _cache[key] = (schedule, state, bound)
         if len(_cache) > _CACHE_SIZE:
             _cache.popitem(last=False)
+    _cache.move_to_end(key)
     bound = entry[2]
     if t.is_floating_point() or not isinstance(bound.schedule, DiscreteSchedule):
         bound.schedule.check(t)
@@ -140,13 +141,15 @@ def per_sample_mse(prediction: Tensor, target: Tensor, mask: Tensor | None = Non
     if prediction.ndim == 0 or prediction.numel() == 0:
         raise ValueError(f"`prediction` must have shape (B, ...) with B >= 1, got {tuple(prediction.shape)}.")
     wide = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
-    squared = (prediction.to(wide) - target.to(wide)).square()
+    error = prediction.to(wide) - target.to(wide)
     if mask is None:
+        squared = error.square()
         return squared.flatten(1).mean(1) if squared.ndim > 1 else squared
     try:
-        mask = mask.to(wide).expand_as(squared)
+        mask = mask.to(wide).expand_as(error)
     except RuntimeError:
-        raise ValueError(f"`mask` {tuple(mask.shape)} does not broadcast to {tuple(squared.shape)}.") from None
+        raise ValueError(f"`mask` {tuple(mask.shape)} does not broadcast to {tuple(error.shape)}.") from None
+    squared = torch.where(mask != 0, error, 0.0).square()  # what is masked out may be NaN
     dims = tuple(range(1, squared.ndim))
     mass = mask.sum(dims) if dims else mask
     total = (squared * mask).sum(dims) if dims else squared * mask

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snrweights.densities import Density, mean_nodes
+from snrweights.densities import Density, mean_under
 from snrweights.losses import Method
-from snrweights.predictions import LIMIT, convert_log_weight
 from snrweights.schedulers import as_schedule
-from snrweights.weightings.base import WeightCurve, get_weighting
+from snrweights.weightings.base import get_weighting
 
 MONOTONE_TOLERANCE = 1e-4  # of the maximum: above the rounding of a float32 table, far below any real rise
 
@@ -92,32 +91,26 @@ def objective(
     schedule = as_schedule(schedule)
     weighting = get_weighting(method, **hp)
     curve = weighting.curve(schedule, prediction_type=prediction_type, density=density, clamp_max=clamp_max)
-    nodes, mass = mean_nodes(curve.density)
-    at_nodes = epsilon_log_weight(curve, nodes).exp()
-
     log_snr = schedule.log_snr(schedule.grid())
     log_snr = log_snr[log_snr.isfinite()].sort().values
     log_p = curve.density.log_prob(log_snr)
     # where nothing is drawn the objective is 0, also for a weight that would be infinite there
-    w_kg = torch.where(log_p == -math.inf, 0.0, (log_p + epsilon_log_weight(curve, log_snr)).exp())
+    w_kg = torch.where(log_p == -math.inf, 0.0, (log_p + curve.log_weight(log_snr, "epsilon")).exp())
     if not 0 < float(w_kg.max()) < math.inf:
         raise ValueError(f"{curve.weighting} under {curve.density} has no finite objective on {schedule}.")
     w_kg = w_kg / w_kg.max()
-    mean = float((at_nodes * mass).sum())
-    cubed = float((at_nodes**3 * mass).sum())
+
+    def epsilon_weight(log_snr: Tensor) -> Tensor:
+        return curve.log_weight(log_snr, "epsilon").exp()
+
+    cubed = mean_under(curve.density, lambda log_snr: epsilon_weight(log_snr) ** 3)
     return Objective(
         log_snr=log_snr,
         w_kg=w_kg,
         negative_mass=float(w_kg.diff().clamp(min=0).sum()),
         mean_weight=curve.mean(),
-        headroom=float(mass[nodes > math.log(headroom_snr)].sum()),
+        headroom=mean_under(curve.density, lambda log_snr: (log_snr > math.log(headroom_snr)).double()),
         headroom_snr=headroom_snr,
         cubed_weight=cubed,
-        cubed_weight_at_equal_mean=cubed / mean**3,
+        cubed_weight_at_equal_mean=cubed / mean_under(curve.density, epsilon_weight) ** 3,
     )
-
-
-def epsilon_log_weight(curve: WeightCurve, log_snr: Tensor) -> Tensor:
-    """Return ln w_eps: the weight of a curve, on whatever target, as a weight on the epsilon MSE."""
-    finite = log_snr.clamp(-LIMIT, LIMIT)
-    return convert_log_weight(curve(log_snr).log(), finite, curve.prediction_type, "epsilon", curve.sigma_data)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from snrweights.densities import Density
-from snrweights.objective import epsilon_log_weight, objective
+from snrweights.objective import objective
 from snrweights.schedulers import as_schedule
 from snrweights.tracking import LossStatistics
 from snrweights.weightings.base import Weighting, get_weighting
@@ -90,7 +90,7 @@ def plot_weights(
         style: dict[str, Any] = {"color": _COLOURS[i % len(_COLOURS)], "ls": _STYLES[i % len(_STYLES)], "label": label}
         result = objective(schedule, weighting, **options)
         curve = weighting.curve(schedule, **options)
-        weight = epsilon_log_weight(curve, result.log_snr).exp()
+        weight = curve.log_weight(result.log_snr, "epsilon").exp()
         left.plot(result.log_snr, weight / _mean_on(curve.density, result.log_snr, weight), **style)
         right.plot(result.log_snr, result.w_kg, **style)
     left.set_yscale("log")

@@ -91,6 +91,7 @@ class DiscreteSchedule:
     sigma_data: float | None = None
     coords: Coordinates = "vp"
     log_snr_table: Tensor = field(init=False, repr=False)
+    _tables: dict[torch.device, Tensor] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         table = self.alphas_cumprod
@@ -149,7 +150,9 @@ class DiscreteSchedule:
 
     def log_snr(self, t: Tensor) -> Tensor:
         """Return log-SNR of timesteps ``t`` (any shape), float64."""
-        return lookup(self.log_snr_table.to(t.device, exact_dtype(t.device)), t)
+        if t.device not in self._tables:  # copied once: a copy from the host waits for the device
+            self._tables[t.device] = self.log_snr_table.to(t.device, exact_dtype(t.device))
+        return lookup(self._tables[t.device], t)
 
     def check(self, t: Tensor) -> None:
         """Raise IndexError where ``t`` is outside 0..T-1 or NaN."""
@@ -168,7 +171,7 @@ def lookup(table: Tensor, t: Tensor) -> Tensor:
     if not t.is_floating_point():
         return table.index_select(0, t.flatten()).reshape(t.shape)
     low = t.floor().clamp(0, len(table) - 1)
-    fraction = (t - low).to(table.dtype)
+    fraction = (t - low).to(table.dtype).clamp(0, 1)
     i = low.long().flatten()
     left = table.index_select(0, i).reshape(t.shape)
     right = table.index_select(0, (i + 1).clamp(max=len(table) - 1)).reshape(t.shape)

@@ -19,7 +19,7 @@ from snrweights import (
     list_weightings,
     register_weighting,
 )
-from snrweights.densities import default_density, mean_nodes, sample
+from snrweights.densities import FlowUniform, Normal, default_density, mean_under, sample
 from snrweights.weightings import parity
 from snrweights.weightings.base import _REGISTRY
 
@@ -57,8 +57,7 @@ def test_normalize_makes_the_mean_one_under_the_density(name, schedule):
     weights = normalized.curve(draws)
     error = weights.std().item() / math.sqrt(len(draws))
     assert weights.mean().item() == pytest.approx(1, abs=4 * error + 1e-12)
-    nodes, mass = mean_nodes(default_density(schedule))
-    assert (normalized.curve(nodes) * mass).sum().item() == pytest.approx(1, abs=1e-12)
+    assert mean_under(default_density(schedule), normalized.curve) == pytest.approx(1, abs=1e-12)
 
 
 def test_normalize_uses_the_density_given():
@@ -81,7 +80,30 @@ def test_a_weight_without_a_mean_is_refused():
     with pytest.raises(
         ValueError, match=r"`normalize='mean'`: 'debiased' for 'epsilon' averages inf under .*`clamp_max=`"
     ):
-        get_weighting("debiased").bind(SCHEDULES["zero_snr"], prediction_type="epsilon", normalize="mean")
+        get_weighting("debiased").curve(SCHEDULES["zero_snr"], prediction_type="epsilon", normalize="mean")
+    with pytest.raises(ValueError, match="'sd3_sigma_sqrt' for 'sample' averages inf"):
+        # finite on every timestep, but with 1 / s² uniform in s down to 0 there is no mean
+        get_weighting("sd3_sigma_sqrt").bind(
+            FlowSchedule(s_min=1e-9), prediction_type="sample", density=FlowUniform(), normalize="mean"
+        )
+
+
+def test_the_mean_is_over_the_range_of_the_schedule():
+    options = {"prediction_type": "sample", "normalize": "mean", "dtype": torch.float64}
+    s = 0.001 + 0.999 * (torch.arange(1_000_000, dtype=torch.float64) + 0.5) / 1_000_000
+    bound = get_weighting("sd3_sigma_sqrt").bind(FlowSchedule(s_min=0.001), **options)
+    assert bound(s).mean().item() == pytest.approx(1, rel=1e-6)
+    cosine = get_weighting("elbo").bind(
+        CosineSchedule(t_min=0.001, t_max=0.999), **{**options, "prediction_type": "epsilon"}
+    )
+    assert cosine(0.001 + 0.998 * (s - 0.001) / 0.999).mean().item() == pytest.approx(1, rel=1e-6)
+
+
+def test_half_precision_that_overflows_only_once_normalised_is_refused():
+    with pytest.raises(ValueError, match=r"not finite at t = 0, 1, "):
+        get_weighting("ddpm").bind(
+            LINEAR, prediction_type="sample", density=Normal(-12.0, 1.0), normalize="mean", dtype=torch.float16
+        )
 
 
 def test_the_density_matters_to_an_objective_only():

@@ -26,7 +26,7 @@ from snrweights.densities import (
     default_density,
     log_normal_sigma,
     logit_normal,
-    mean_nodes,
+    mean_under,
     sample,
 )
 
@@ -223,27 +223,27 @@ def test_the_default_density_of_a_continuous_schedule(schedule, density):
 
 
 @pytest.mark.parametrize("density", CONTINUOUS, ids=str)
-def test_mean_nodes_are_a_quadrature(density):
-    nodes, weights = mean_nodes(density)
-    assert nodes.isfinite().all()
-    assert weights.sum().item() == pytest.approx(1, abs=1e-14)
+def test_mean_under_is_the_integral(density):
+    assert mean_under(density, torch.ones_like) == pytest.approx(1, abs=1e-14)
     for f in (lambda x: 1 / (1 + x**2), np.arctan):
         expected = integrate.quad(lambda u: f(quantile(density, u)), 0, 1, epsabs=1e-10, limit=500)[0]  # noqa: B023
-        assert float((f(nodes.numpy()) * weights.numpy()).sum()) == pytest.approx(expected, abs=1e-8)
+        assert mean_under(density, lambda x: torch.from_numpy(f(x.numpy()))) == pytest.approx(expected, abs=1e-8)  # noqa: B023
 
 
 @pytest.mark.parametrize("power", [-0.25, 0.25])
-def test_mean_nodes_bear_integrable_poles(power):
-    nodes, weights = mean_nodes(Cosine())
+def test_mean_under_bears_integrable_poles(power):
     expected = 1 / math.cos(math.pi * power)  # SNR = cot²(pi u / 2), and E[cot^a] = sec(pi a / 2) for |a| < 1
-    assert ((power * nodes).exp() * weights).sum().item() == pytest.approx(expected, rel=1e-7)
+    assert mean_under(Cosine(), lambda log_snr: (power * log_snr).exp()) == pytest.approx(expected, rel=1e-7)
 
 
-def test_mean_nodes_of_a_table_are_its_timesteps():
+@pytest.mark.parametrize("power", [-0.5, 0.5, 1.0])
+def test_mean_under_is_infinite_where_the_integral_is(power):
+    assert mean_under(Cosine(), lambda log_snr: (power * log_snr).exp()) == math.inf
+
+
+def test_mean_under_a_table_is_that_of_its_timesteps():
     table = DiscreteSchedule.from_name("linear").log_snr_table
-    nodes, weights = mean_nodes(TableDensity(table))
-    assert torch.equal(nodes, table)
-    assert torch.equal(weights, torch.full((1000,), 1e-3, dtype=torch.float64))
+    assert mean_under(TableDensity(table), torch.exp) == pytest.approx(float(table.exp().mean()), rel=1e-14)
 
 
 def test_a_density_has_a_name():

@@ -264,7 +264,7 @@ def test_an_objective_above_the_density_is_infinite_at_the_ends():
 )
 def test_every_hyperparameter_changes_the_output(name, field):
     default = get_weighting(name)
-    value = getattr(default, field)
+    value = getattr(default, field) or 0.5
     values = ["ve", "flow"] if field == "coords" else [value + 0.5]
     for other in values:
         changed = curve(name, "epsilon", LOG_SNR, **{field: other})

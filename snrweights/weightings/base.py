@@ -7,12 +7,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform
 
 import torch
 from torch import Tensor
 
-from snrweights.densities import Density, as_density, mean_nodes
+from snrweights.densities import Density, as_density, mean_under
 from snrweights.predictions import LIMIT, check_prediction_type, convert_log_weight
 from snrweights.schedulers import as_schedule
 from snrweights.schedules import DiscreteSchedule, Schedule, lookup
@@ -87,7 +88,7 @@ class Weighting(ABC):
         schedule = as_schedule(schedule)
         prediction_type = check_prediction_type(prediction_type or schedule.prediction_type)
         _check_normalize(normalize)
-        if clamp_max is not None and not clamp_max > 0:
+        if clamp_max is not None and not (_is_number(clamp_max) and clamp_max > 0):
             raise ValueError(f"`clamp_max` must be > 0, got {clamp_max!r}.")
         curve = WeightCurve(
             self.for_schedule(schedule), prediction_type, as_density(density, schedule), schedule.sigma_data, clamp_max
@@ -110,7 +111,8 @@ class Weighting(ABC):
             schedule: whatever ``as_schedule`` reads.
             prediction_type: the target whose plain MSE the loss equals; default: what the schedule states.
             density: density over log-SNR that the timesteps are really drawn from, or its name; default: uniform over
-                the schedule's timesteps. Weights defined by an objective and ``normalize`` need it.
+                the schedule's timesteps (``EDMSchedule``: the paper's log-normal). Weights defined by an objective and
+                ``normalize`` need it.
             normalize: ``"mean"`` scales the weight to average 1 under the density.
             clamp_max: upper bound on the weight before normalisation, for weights that are infinite somewhere.
             dtype: of the weights returned; tables are built in float64.
@@ -134,12 +136,14 @@ class Weighting(ABC):
         curve = self.curve(schedule, prediction_type=prediction_type, density=density, clamp_max=clamp_max)
         grid = schedule.grid()
         log_snr = schedule.log_snr(grid)
-        weights = curve(log_snr).to(dtype)
-        if self.refuses_infinities and not bool(weights.isfinite().all()):
-            raise ValueError(_not_finite(curve, grid, weights))
+        weights = curve(log_snr)
+        if self.refuses_infinities:
+            _check_finite(curve, grid, weights)
         if normalize == "mean":
             curve = curve.normalized()
-            weights = curve(log_snr).to(dtype)
+        weights = curve(log_snr).to(dtype)
+        if self.refuses_infinities:
+            _check_finite(curve, grid, weights)
         return BoundWeighting(curve, schedule, weights)
 
 
@@ -159,6 +163,10 @@ class WeightCurve:
 
     def __call__(self, log_snr: Tensor) -> Tensor:
         """Return the weight at ``log_snr``, any shape."""
+        return self.log_weight(log_snr).exp()
+
+    def log_weight(self, log_snr: Tensor, prediction_type: str | None = None) -> Tensor:
+        """Return the logarithm of the weight, as one on the MSE of another target if that is named."""
         finite = log_snr.clamp(-LIMIT, LIMIT)
         log_weight = self.weighting.log_weight(finite)
         native = self.weighting.target
@@ -166,15 +174,17 @@ class WeightCurve:
             log_weight, native = log_weight - self.density.log_prob(finite), "epsilon"
         if native != "native":
             log_weight = convert_log_weight(log_weight, finite, native, self.prediction_type, self.sigma_data)
-        weight = log_weight.exp()
         if self.clamp_max is not None:
-            weight = weight.clamp(max=self.clamp_max)
-        return weight if self.scale == 1.0 else weight * self.scale
+            log_weight = log_weight.clamp(max=math.log(self.clamp_max))
+        if self.scale != 1.0:
+            log_weight = log_weight + math.log(self.scale)
+        if prediction_type is None:
+            return log_weight
+        return convert_log_weight(log_weight, finite, self.prediction_type, prediction_type, self.sigma_data)
 
     def mean(self) -> float:
-        """Return the average weight under the density."""
-        nodes, mass = mean_nodes(self.density)
-        return float((self(nodes) * mass).sum())
+        """Return the average weight under the density; inf where the integral does not converge."""
+        return mean_under(self.density, self)
 
     def normalized(self) -> WeightCurve:
         """Return the curve scaled to mean 1 under the density."""
@@ -219,6 +229,8 @@ class BoundWeighting:
 
     def __call__(self, t: Tensor) -> Tensor:
         """Return the weights of timesteps ``t``, shape (B,) or ().
+
+        A float ``t`` beyond the ends of a discrete schedule gets the weight of the end; ``loss_weight`` refuses it.
 
         Raises:
             IndexError: an integer ``t`` outside a discrete schedule (on an accelerator: a device assertion).
@@ -353,6 +365,10 @@ def _check_normalize(normalize: object) -> None:
         raise ValueError(f"`normalize` must be 'mean' or None, got {normalize!r}.")
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _check_hyperparameter(owner: Weighting, field: dataclasses.Field[Any]) -> None:
     value, above, choices = getattr(owner, field.name), field.metadata.get("above"), field.metadata.get("choices")
     what = f"`{type(owner).__name__}({field.name}=...)`"
@@ -360,16 +376,21 @@ def _check_hyperparameter(owner: Weighting, field: dataclasses.Field[Any]) -> No
         if value not in choices:
             raise ValueError(f"{what} must be one of {list(choices)}, got {value!r}.")
         return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if value is None and field.default is None:
+        return
+    if not _is_number(value) or not abs(value) < math.inf:
         raise ValueError(f"{what} must be a finite number, got {value!r}.")
     if above is not None and not value > above:
         raise ValueError(f"{what} must be > {above:g}, got {value!r}.")
 
 
-def _not_finite(curve: WeightCurve, grid: Tensor, weights: Tensor) -> str:
+def _check_finite(curve: WeightCurve, grid: Tensor, weights: Tensor) -> None:
     bad = grid[~weights.isfinite()].tolist()
+    if not bad:
+        return
     shown = ", ".join(f"{t:g}" for t in bad[:5]) + (f", ... ({len(bad)} in all)" if len(bad) > 5 else "")
-    return (
+    raise ValueError(
         f"Weighting {curve.weighting.name!r} for prediction_type {curve.prediction_type!r} is not finite at t = "
-        f"{shown}: give `clamp_max=`, another prediction type, or a schedule that stops short of these timesteps."
+        f"{shown}: give `clamp_max=`, another prediction type or dtype, or a schedule that stops short "
+        "of these timesteps."
     )

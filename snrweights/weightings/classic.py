@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
 from torch import Tensor
 
 from snrweights.predictions import log_error_ratio, softplus
+from snrweights.schedules import Schedule
 from snrweights.weightings.base import Weighting, hyper, register_weighting
 
 
@@ -136,7 +138,7 @@ class EDM(Weighting):
     """EDM: ``w_x0 = (sigma_hat² + sigma_data²) / (sigma_hat sigma_data)²``, weight 1 on the network F.
 
     Args:
-        sigma_data: standard deviation of the data, > 0.
+        sigma_data: standard deviation of the data, > 0; default: the schedule's, or 0.5 where it states none.
 
     Source: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", arXiv 2206.00364.
 
@@ -145,11 +147,15 @@ class EDM(Weighting):
         tensor([5.])
     """
 
-    sigma_data: float = hyper(0.5, above=0)
+    sigma_data: float | None = hyper(None, above=0)
+
+    def for_schedule(self, schedule: Schedule) -> Weighting:
+        """Fill in the schedule's sigma_data."""
+        return self if self.sigma_data is not None else dataclasses.replace(self, sigma_data=schedule.sigma_data or 0.5)
 
     def log_weight(self, log_snr: Tensor) -> Tensor:
         """Return ln(SNR + 1 / sigma_data²)."""
-        return log_error_ratio("edm", log_snr, self.sigma_data)
+        return log_error_ratio("edm", log_snr, self.sigma_data or 0.5)
 
 
 @register_weighting(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snrweights.densities import mean_nodes
+from snrweights.densities import mean_under
 from snrweights.predictions import log_error_ratio, softplus
 from snrweights.schedulers import as_schedule
 from snrweights.schedules import Schedule
@@ -185,13 +185,12 @@ def match(method: str, *, to: str, schedule: Any, density: Any = None, **hp: Any
     options = {"prediction_type": "epsilon", "density": density, "normalize": "mean"}
     first, second = weighting.curve(schedule, **options), counterpart.curve(schedule, **options)
     log_snr = schedule.log_snr(schedule.grid())
-    nodes, mass = mean_nodes(first.density)
     return Match(
         weighting,
         counterpart,
         exact,
         float((first(log_snr) - second(log_snr)).abs().max()),
-        float(((first(nodes) - second(nodes)).abs() * mass).sum()),
+        mean_under(first.density, lambda at: (first(at) - second(at)).abs()),
     )
 
 
