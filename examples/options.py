@@ -112,6 +112,8 @@ class WeightOptions:
     """Its hyperparameters, NAME=VALUE."""
     normalize: Literal["mean", "none"] = "mean"
     """Scale the weight to average 1, so that switching methods keeps the learning rate."""
+    clamp_max: float | None = None
+    """Upper bound on the weight before that, for weights that are infinite somewhere."""
 
 
 @dataclass
@@ -177,3 +179,43 @@ class Options:
     weight: WeightOptions = field(default_factory=WeightOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
+
+
+# what may differ between the parts of a resumed run
+FREE = (
+    *("run.output_dir", "run.overwrite", "run.resume", "run.dry_run", "output", "data.dataloader_num_workers"),
+    *("model.compile", "optimizer.max_steps", "optimizer.train_batch_size"),  # the global batch must stay the same
+)
+
+
+def check_options(options: Options) -> None:
+    """Refuse values that would train nothing or fail late, naming flag and bound."""
+    bounds = {
+        "> 0": (
+            *("data.resolution", "process.num_train_timesteps", "process.density_std", "process.sigma_data"),
+            *("optimizer.max_steps", "optimizer.train_batch_size", "optimizer.gradient_accumulation_steps"),
+            *("optimizer.learning_rate", "optimizer.max_grad_norm", "output.logging_steps", "output.eval_batch_size"),
+            *("output.checkpoints_total_limit",),
+        ),
+        ">= 0": (
+            *("run.seed", "data.validation_images", "data.dataloader_num_workers", "model.num_classes"),
+            *("optimizer.lr_warmup_steps", "output.validation_steps", "output.checkpointing_steps"),
+        ),
+        "> 1": ("output.num_samples", "output.num_inference_steps"),
+        "in [0, 1)": ("model.dropout", "model.class_dropout", "optimizer.ema_decay"),
+    }
+    holds = {
+        "> 0": lambda x: x > 0,
+        ">= 0": lambda x: x >= 0,
+        "> 1": lambda x: x > 1,
+        "in [0, 1)": lambda x: 0 <= x < 1,
+    }
+    for bound, names in bounds.items():
+        for name in names:
+            section, field_name = name.split(".")
+            value = getattr(getattr(options, section), field_name)
+            if not holds[bound](value):
+                raise SystemExit(f"`--{field_name.replace('_', '-')}` must be {bound}, got {value}.")
+    levels, attention = options.model.block_out_channels, options.model.attention
+    if len(levels) != len(attention):
+        raise SystemExit(f"`--attention` needs one entry per level, {len(levels)}, got {len(attention)}.")

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import yaml
 from accelerate import Accelerator
 from diffusers import DDPMPipeline, UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from options import Options
+from options import FREE, Options, check_options
 from snrweights.integrations import metrics
 from snrweights.integrations.checkpoint import (
     CheckpointError,
@@ -27,10 +28,12 @@ from snrweights.integrations.checkpoint import (
     whole,
 )
 from snrweights.integrations.config import changed_options, parse_options, save_options
-from snrweights.integrations.data import ImageTensors, SeededBatches, generator, load_images, seed_of
+from snrweights.integrations.data import ImageTensors, SeededBatches, detach_worker, generator, load_images, seed_of
 from snrweights.integrations.dry_run import shrink, stand_in, what_it_costs
-from snrweights.integrations.processes import PROCESSES, Process, guided
-from snrweights.integrations.results import MetricsLog, image_grid, save_results, to_bytes
+from snrweights.integrations.features import extractor
+from snrweights.integrations.processes import PROCESSES, Process
+from snrweights.integrations.results import MetricsLog, image_grid, save_results
+from snrweights.integrations.sampling import sample_images
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Subset
@@ -69,7 +72,8 @@ class Trainer:
     """Model, weighting and optimizer, and one step of training them.
 
     Whatever is random is a function of (seed, forward pass): noise and timesteps are drawn for the global batch, of
-    which every process takes its slice, so that neither a restart nor the number of processes changes a run.
+    which every process takes its slice, so that neither a restart nor the number of processes changes a run. (But
+    dropout in the network is drawn per process.)
     """
 
     def __init__(self, options: Options, accelerator: Accelerator, process: Process) -> None:
@@ -80,6 +84,7 @@ class Trainer:
             prediction_type=process.prediction_type,
             density=process.density,
             normalize="mean" if options.weight.normalize == "mean" else None,
+            clamp_max=options.weight.clamp_max,
         )
         self.tracker = snrweights.LossVarianceTracker()
         model = process.wrap(make_model(options))
@@ -88,7 +93,7 @@ class Trainer:
             options.optimizer.lr_scheduler,
             optimizer,
             num_warmup_steps=options.optimizer.lr_warmup_steps,
-            num_training_steps=options.optimizer.max_steps,
+            num_training_steps=options.optimizer.max_steps + 1,  # so that the last step is not one of rate 0
         )
         self._lr_factor = schedule.lr_lambdas[0]
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -109,11 +114,12 @@ class Trainer:
         labels = torch.where(drop < self.options.model.class_dropout, self.options.model.num_classes, labels)
         return images, noise, self.process.timesteps(u), labels
 
-    def losses(self, images: Tensor, noise: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """Return the unweighted loss of each sample."""
-        x, target = self.process.noisy_and_target(images, noise, t)
+    def losses(self, images: Tensor, noise: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the unweighted loss of each sample, and its log-SNR."""
+        log_snr = self.process.schedule.log_snr(t)
+        x, target = self.process.noisy_and_target(images, noise, log_snr)
         classes = {"class_labels": labels} if self.options.model.num_classes else {}
-        return snrweights.per_sample_mse(self.model(x, t, **classes), target)
+        return snrweights.per_sample_mse(self.model(x, t, **classes), target), log_snr
 
     def step(self, step: int, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
         """Make optimizer step number ``step``, from 1; return the weighted loss, on the device."""
@@ -126,8 +132,8 @@ class Trainer:
             torch.manual_seed(seed_of(self.options.run.seed, DROPOUT, forward, self.accelerator.process_index))
             with self.accelerator.accumulate(self.model):
                 images, noise, t, labels = self.draw(images, labels, forward)
-                losses = self.losses(images, noise, t, labels)
-                self.tracker.update(losses, self.process.schedule.log_snr(t))
+                losses, log_snr = self.losses(images, noise, t, labels)
+                self.tracker.update(losses, log_snr)
                 loss = (self.weight(t) * losses).mean()
                 self.accelerator.backward(loss)
                 total += loss.detach() / accumulate
@@ -158,8 +164,7 @@ class Trainer:
         self.model.eval()
         for batch in parts:
             images, noise, u, labels = (part.to(self.accelerator.device) for part in batch)
-            t = self.process.timesteps(u)
-            tracker.update(self.losses(images, noise, t, labels), self.process.schedule.log_snr(t))
+            tracker.update(*self.losses(images, noise, self.process.timesteps(u), labels))
         self.model.train()
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # without a backward it still holds the whole weights
@@ -205,27 +210,6 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
 
-@torch.inference_mode()
-def sample_images(
-    options: Options, accelerator: Accelerator, process: Process, unet: UNet2DModel, count: int
-) -> Tensor:
-    """Sample (count, C, H, W) bytes. The noise of image i is a function of (seed, i); batches are shared out."""
-    data, output = options.data, options.output
-    denoiser = process.wrap(unet.to(accelerator.device).eval())
-    samples = torch.zeros(count, data.channels, data.resolution, data.resolution, dtype=torch.uint8)
-    starts = range(0, count, output.eval_batch_size)[accelerator.process_index :: accelerator.num_processes]
-    for start in tqdm(starts, desc="Sampling", unit="batch", disable=not accelerator.is_main_process):
-        numbers = range(start, min(start + output.eval_batch_size, count))
-        streams = (generator(options.run.seed, SAMPLES, i) for i in numbers)
-        noise = torch.stack([torch.randn(samples.shape[1:], generator=stream) for stream in streams])
-        classes = options.model.num_classes
-        labels = torch.tensor([i % classes for i in numbers], device=accelerator.device) if classes else None
-        predict = guided(denoiser, labels, output.guidance_scale, classes)
-        images = process.sample(predict, noise.to(accelerator.device), output.num_inference_steps)
-        samples[start : numbers.stop] = to_bytes(images).cpu()
-    return accelerator.reduce(samples.to(accelerator.device), "sum").cpu()
-
-
 def load_data(options: Options) -> tuple[Subset, Subset]:
     """Return training and held-out images; the split is a function of the seed."""
     data = options.data
@@ -248,6 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train, then write down everything that was learnt."""
     options = parse_options(Options, PRESETS, "digits", argv)
     options.run.output_dir = options.run.output_dir or f"runs/{options.preset}-{options.weight.method}"
+    check_options(options)
     if options.run.dry_run:
         with shrink(options) as small:
             trainer = train(small)
@@ -268,22 +253,30 @@ def train(options: Options) -> Trainer:
         project_dir=output,
     )
     main_process = accelerator.is_main_process
+    global_batch = settings.train_batch_size * accelerator.num_processes
     saved = output / "config.yaml"
     if saved.exists() and not (options.run.resume or options.run.overwrite):
         raise SystemExit(f"{output} holds a run: go on with --resume latest, begin anew with --overwrite.")
     trainer = Trainer(options, accelerator, PROCESSES[options.process.process](options.process))
     data, held_out = load_data(options)
+    for features in options.output.features:
+        extractor(features, weights=options.output.inception_weights)  # missing, it is said now and not at the end
     checkpoints = Checkpoints(output / "checkpoints", options.output.checkpoints_total_limit, accelerator)
 
-    start, running = 0, torch.zeros((), device=accelerator.device)  # read when logged only: no step waits for a device
+    # sum and number of the losses since the last line: read when logged only, so that no step waits for the device
+    start, running = 0, torch.zeros(2, device=accelerator.device)
+    began = time.perf_counter()
     if options.run.resume:
         changes = changed_options(saved, options, free=FREE) if saved.exists() else []
+        before, now = yaml.safe_load(saved.read_text()).get("global_batch") if saved.exists() else None, global_batch
+        changes += [f"global batch: {before} -> {now}"] if before not in (None, now) else []
         if changes:
             raise SystemExit(f"{output} was run with other options; to resume, keep them: {'; '.join(changes)}.")
         found = checkpoints.find(options.run.resume)
         if found:
             start, state = checkpoints.load(found)
             running = trainer.restore(start, state)
+            began -= state["seconds"].item()
             accelerator.print(f"Resuming from {found}, step {start}.")
         else:
             accelerator.print(f"No checkpoint in {output}: starting at step 0.")
@@ -292,7 +285,7 @@ def train(options: Options) -> Trainer:
         if not options.run.resume:
             checkpoints.clear()
         output.mkdir(parents=True, exist_ok=True)
-        save_options(options, saved)
+        save_options(options, saved, global_batch=global_batch)
         process = trainer.process
         choices = {"prediction_type": process.prediction_type, "density": process.density}
         labelled = {options.weight.method: trainer.weight.curve.weighting}
@@ -311,24 +304,24 @@ def train(options: Options) -> Trainer:
         accelerator.num_processes,
     )
     workers = options.data.dataloader_num_workers
+    pinned = accelerator.device.type == "cuda"
     loader = iter(
-        DataLoader(data, batch_sampler=batches, num_workers=workers, pin_memory=accelerator.device.type == "cuda")
+        DataLoader(data, batch_sampler=batches, num_workers=workers, pin_memory=pinned, worker_init_fn=detach_worker)
     )
     held = tuple(map(torch.stack, zip(*held_out, strict=True))) if len(held_out) else None
-    stop = StopSignal(accelerator)
-    began = time.perf_counter()
+    stop, one = StopSignal(accelerator), torch.ones((), device=accelerator.device)
     progress = tqdm(
         total=settings.max_steps, initial=start, disable=not main_process, unit="step", desc="Training", mininterval=1
     )
     for step in range(start + 1, settings.max_steps + 1):
-        running += trainer.step(step, loader)
+        running += torch.stack((trainer.step(step, loader), one))
         progress.update()
         last = step == settings.max_steps
         if step == settings.max_steps // 2:
             trainer.tracker.reset()  # the figure is of the second half: what the first steps were like hides the rest
         if step % options.output.logging_steps == 0 or last:
-            since = (step - 1) % options.output.logging_steps + 1
-            loss = accelerator.reduce(running, "mean").item() / since
+            total, count = accelerator.reduce(running, "mean").tolist()
+            loss = total / count
             running.zero_()
             log.write(step, loss=loss, lr=trainer.learning_rate(step), seconds=time.perf_counter() - began)
             progress.set_postfix(loss=f"{loss:.4f}")
@@ -336,8 +329,9 @@ def train(options: Options) -> Trainer:
             log.write_validation(step, trainer.validate(held))
         signal = stop()
         every = options.output.checkpointing_steps
-        if signal or (every and step % every == 0):
-            checkpoints.save(step, trainer.state(running))
+        if signal or (every and (last or step % every == 0)):
+            seconds = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
+            checkpoints.save(step, {**trainer.state(running), "seconds": seconds})
         if signal:
             accelerator.print(f"Stopped by signal {signal} after step {step}; go on with --resume latest.")
             accelerator.end_training()
@@ -349,17 +343,24 @@ def train(options: Options) -> Trainer:
     return trainer
 
 
-# what may differ between the parts of a resumed run
-FREE = ("run", "output", "data.dataloader_num_workers", "optimizer.max_steps", "model.compile")
-
-
 def finish(options: Options, trainer: Trainer, data: Subset, log: MetricsLog, seconds: float) -> None:
     """Write model, samples, figures and results, all of the averaged weights."""
     output, accelerator = Path(options.run.output_dir), trainer.accelerator
     trainer.save_model(output / "model")
     unet = UNet2DModel.from_pretrained(output / "model" / "unet")
     count = min(options.output.num_samples, len(data) // 2)
-    samples = sample_images(options, accelerator, trainer.process, unet, count)
+    denoiser = trainer.process.wrap(unet.to(accelerator.device).eval())
+    samples = sample_images(
+        trainer.process,
+        denoiser,
+        (count, options.data.channels, options.data.resolution, options.data.resolution),
+        noise=lambda i: generator(options.run.seed, SAMPLES, i),
+        steps=options.output.num_inference_steps,
+        classes=options.model.num_classes,
+        guidance_scale=options.output.guidance_scale,
+        batch_size=options.output.eval_batch_size,
+        accelerator=accelerator,
+    )
     trainer.tracker.load_state_dict(trainer.tracked())
     if not accelerator.is_main_process:
         return

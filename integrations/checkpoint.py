@@ -119,27 +119,25 @@ class Checkpoints:
 
 
 def _write_manifest(folder: Path, step: int) -> None:
-    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    entries = {name: {"bytes": path.stat().st_size, "sha256": _hash(path)} for name, path in files.items()}
-    for path in files.values():
-        _sync(path)
-    manifest = folder / _MANIFEST
-    manifest.write_text(json.dumps({"step": step, "files": entries}, indent=1))
+    path, manifest = folder / _STATE, folder / _MANIFEST
+    _sync(path)
+    entry = {"bytes": path.stat().st_size, "sha256": _hash(path)}
+    manifest.write_text(json.dumps({"step": step, "files": {_STATE: entry}}, indent=1))
     _sync(manifest)
 
 
 def damage(folder: Path) -> str:
     """Return what is wrong with a checkpoint, or an empty string."""
     try:
-        entries = json.loads((folder / _MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+        entry = json.loads((folder / _MANIFEST).read_text())["files"][_STATE]
+        size, digest = entry["bytes"], entry["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
         return f"no readable {_MANIFEST}"
-    for name, entry in entries.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"] or _hash(path) != entry["sha256"]:
-            return f"{name} is not what was written"
+    path = folder / _STATE
+    if not path.is_file():
+        return f"{_STATE} is missing"
+    if path.stat().st_size != size or _hash(path) != digest:
+        return f"{_STATE} is not what was written"
     return ""
 
 

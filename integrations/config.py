@@ -87,12 +87,12 @@ def _fill(options: Any, values: dict[str, Any], where: str) -> None:
             setattr(options, key, tuple(value) if isinstance(value, list) else value)
 
 
-def save_options(options: Any, path: str | os.PathLike[str]) -> None:
-    """Write resolved options as YAML, with the versions of what ran them."""
+def save_options(options: Any, path: str | os.PathLike[str], **facts: Any) -> None:
+    """Write resolved options as YAML, with the versions of what ran them and other facts."""
     packages = ("snrweights", "torch", "diffusers", "accelerate", "datasets")
     versions = {name: importlib.metadata.version(name) for name in packages}
     versions["python"] = sys.version.split()[0]
-    values = {**dataclasses.asdict(options, dict_factory=_plain), "versions": versions}
+    values = {**dataclasses.asdict(options, dict_factory=_plain), **facts, "versions": versions}
     write_text(path, yaml.safe_dump(values, sort_keys=False))
 
 
@@ -101,7 +101,7 @@ def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def changed_options(saved: Path, options: Any, free: Sequence[str]) -> list[str]:
-    """Return ``section.field: old -> new`` of what differs from a saved configuration, sections in ``free`` apart."""
+    """Return ``section.field: old -> new`` of what differs from a saved configuration, those in ``free`` apart."""
     old = yaml.safe_load(saved.read_text())
     new = dataclasses.asdict(options, dict_factory=_plain)
     return [
@@ -109,5 +109,5 @@ def changed_options(saved: Path, options: Any, free: Sequence[str]) -> list[str]
         for section, fields in new.items()
         if isinstance(fields, dict)
         for name, value in fields.items()
-        if f"{section}.{name}" not in free and section not in free and old.get(section, {}).get(name) != value
+        if not {section, f"{section}.{name}"} & set(free) and old.get(section, {}).get(name) != value
     ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 
@@ -110,16 +111,29 @@ class ImageTensors(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         row = self._cells[index]
         cell, label = row[self._column], row[self._label_column] if self._label_column else 0
-        if self._label_column and not 0 <= label < self._num_classes:
+        if self._label_column and not (isinstance(label, int) and 0 <= label < self._num_classes):
             raise ValueError(f"Image {index} has class {label}, outside [0, {self._num_classes}): set `num_classes`.")
         try:
             encoded = Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
-            image = _fit(encoded.convert(self._mode), self._resolution)
-        except (UnidentifiedImageError, OSError, TypeError) as error:
+            image = _fit(_eight_bits(ImageOps.exif_transpose(encoded)).convert(self._mode), self._resolution)
+        except (UnidentifiedImageError, OSError, TypeError, ValueError, Image.DecompressionBombError) as error:
             where = f" ({cell['path']})" if cell and cell.get("path") else ""
             raise ValueError(f"Image {index} of the data set{where} cannot be decoded: {error}") from None
         pixels = torch.from_numpy(np.array(image)).reshape(self._resolution, self._resolution, -1)
         return pixels.permute(2, 0, 1) / 127.5 - 1, torch.tensor(label)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey to 8 bits, which ``convert`` would cut off."""
+    return (
+        Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)) if image.mode.startswith("I;16") else image
+    )
+
+
+def detach_worker(worker: int) -> None:
+    """Put a loader's worker in a group of its own: a signal to the run's group is for the run, not its workers."""
+    del worker
+    os.setpgrp()
 
 
 def _fit(image: Image.Image, resolution: int) -> Image.Image:
@@ -163,7 +177,7 @@ class SeededBatches(torch.utils.data.Sampler[list[int]]):
         for step in self._steps:
             epoch, batch = divmod(step, self._per_epoch)
             if epoch != current:
-                order, current = torch.randperm(self._size, generator=generator(self._seed, epoch)), epoch
+                order, current = torch.randperm(self._size, generator=generator(self._seed, 0, epoch)), epoch
             start = batch * span + self._rank * self._batch_size
             yield order[start : start + self._batch_size].tolist()
 

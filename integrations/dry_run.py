@@ -76,7 +76,7 @@ def what_it_costs(options: Any, trainer: Any) -> str:
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     with FlopCounterMode(display=False) as counter:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            loss = trainer.losses(images, torch.randn_like(images), t, labels).mean()
+            loss = trainer.losses(images, torch.randn_like(images), t, labels)[0].mean()
         loss.backward()
     batch, accumulate = options.optimizer.train_batch_size, options.optimizer.gradient_accumulation_steps
     parameters = sum(parameter.numel() for parameter in model.parameters())

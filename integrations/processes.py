@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from snrweights.integrations.sampling import Denoise, heun, karras_sigmas
 from torch import Tensor, nn
 
 from snrweights import process
 from snrweights.densities import Density, FlowUniform, LogUniform, log_normal_sigma, logit_normal
 from snrweights.schedulers import as_schedule
-from snrweights.schedules import EDMSchedule, FlowSchedule, Schedule
-
-Denoise = Callable[[Tensor, Tensor], Tensor]
+from snrweights.schedules import EDMSchedule, FlowSchedule, Schedule, exact_dtype
 
 
 class Plain(nn.Module):
@@ -63,9 +61,8 @@ class Process(ABC):
         """Return the module that is trained: called with (x, t), it returns the prediction."""
         return Plain(model)
 
-    def noisy_and_target(self, images: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def noisy_and_target(self, images: Tensor, noise: Tensor, log_snr: Tensor) -> tuple[Tensor, Tensor]:
         """Return the model's input and what it is asked for, both of the images' shape."""
-        log_snr = self.schedule.log_snr(t)
         x = process.add_noise(images, noise, log_snr, self.schedule.coords)
         return x, process.target(self.prediction_type, images, noise, log_snr, self.schedule.sigma_data)
 
@@ -186,54 +183,6 @@ PROCESSES: dict[str, Callable[[Any], Process]] = {
 
 def _inside(u: Tensor) -> Tensor:
     """Keep uniform numbers off 0 and 1, where quantiles are infinite."""
-    return u.double().clamp(2.0**-54, 1 - 2.0**-53)
-
-
-def karras_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
-    """Return ``steps`` levels from sigma_max to sigma_min, then 0: Eq. 5 of Karras 2022. Float64, (steps + 1,)."""
-    if steps < 2:
-        raise ValueError(f"`steps` must be >= 2, got {steps}.")
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-    roots = sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))
-    return torch.cat([roots**rho, torch.zeros(1, dtype=torch.float64)])
-
-
-def heun(denoise: Denoise, noise: Tensor, sigmas: Tensor) -> Tensor:
-    """Integrate dx/dsigma = (x - denoise(x, sigma)) / sigma from sigmas[0] to sigmas[-1] by Heun's second-order method.
-
-    The last step, to sigma = 0, is Euler's; n levels cost 2 n - 1 evaluations.
-    """
-    x = noise * sigmas[0].item()
-    for sigma, following in pairwise(sigmas):
-        slope = (x - denoise(x, sigma)) / sigma.item()
-        step = (following - sigma).item()
-        euler = x + step * slope
-        if following > 0:
-            slope = (slope + (euler - denoise(euler, following)) / following.item()) / 2
-            euler = x + step * slope
-        x = euler
-    return x
-
-
-def guided(denoiser: nn.Module, labels: Tensor | None, scale: float, unconditional: int) -> Denoise:
-    """Return ``predict(x, t)``: the denoiser, guided towards labels by ``p_0 + scale (p_label - p_0)``.
-
-    Args:
-        denoiser: called as ``denoiser(x, t, class_labels=...)``.
-        labels: (B,) or None for an unconditional model.
-        scale: 1 is no guidance.
-        unconditional: the label that stands for none.
-
-    Source: Ho & Salimans 2022, arXiv 2207.12598.
-    """
-    if labels is None:
-        return denoiser
-    if scale == 1.0:
-        return lambda x, t: denoiser(x, t, class_labels=labels)
-
-    def predict(x: Tensor, t: Tensor) -> Tensor:
-        both = torch.cat([labels, torch.full_like(labels, unconditional)])
-        towards, away = denoiser(torch.cat([x, x]), torch.cat([t, t]), class_labels=both).chunk(2)
-        return away + scale * (towards - away)
-
-    return predict
+    u = u.to(exact_dtype(u.device))
+    tiny = torch.finfo(u.dtype).eps / 2
+    return u.clamp(tiny, 1 - tiny)

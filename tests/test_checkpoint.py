@@ -42,9 +42,10 @@ def test_the_last_checkpoints_are_kept_and_hold_no_pickle(whole):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("to_group", [True, False])
-def test_signals_leave_a_checkpoint_and_the_run_resumes(whole, tmp_path, number, to_group):
+@pytest.mark.parametrize(("to_group", "workers"), [(True, 0), (True, 2), (False, 0)])
+def test_signals_leave_a_checkpoint_and_the_run_resumes(whole, tmp_path, number, to_group, workers):
     argv = [*TINY, "--max-steps", str(STEPS), "--output-dir", str(tmp_path / "run"), "--logging-steps", "1"]
+    argv += ["--dataloader-num-workers", str(workers)]
     child = start(argv)
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2)
@@ -90,6 +91,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, tmp_pat
     output = copy(whole, tmp_path)
     damaged = output / "checkpoints" / "step-00000009" / name
     damaged.write_bytes(damaged.read_bytes()[:-7])
+    for i, broken in enumerate(
+        ["[]", "null", '{"files": null}', '{"files": {}}', '{"files": {"state.safetensors": 1}}']
+    ):
+        folder = output / "checkpoints" / f"step-000000{10 + i}"
+        folder.mkdir()
+        (folder / "manifest.json").write_text(broken)
     main([*EVERY_THREE, "--output-dir", str(output), "--resume", "latest"])
     said = capsys.readouterr()
     assert "step-00000009 is damaged" in said.err
@@ -109,6 +116,24 @@ def test_other_options_than_the_runs_are_refused_by_name(whole, tmp_path):
     output = copy(whole, tmp_path)
     with pytest.raises(SystemExit, match=r"optimizer.learning_rate: 0.002 -> 0.1"):
         main([*EVERY_THREE, "--output-dir", str(output), "--resume", "latest", "--learning-rate", "0.1"])
+    with pytest.raises(SystemExit, match=r"run.seed: 0 -> 7"):
+        main([*EVERY_THREE, "--output-dir", str(output), "--resume", "latest", "--seed", "7"])
+    with pytest.raises(SystemExit, match=r"global batch: 4 -> 8"):
+        main([*EVERY_THREE, "--output-dir", str(output), "--resume", "latest", "--train-batch-size", "8"])
+
+
+def test_a_loss_logged_after_resuming_is_the_mean_since_the_last_line(whole, tmp_path):
+    every_step = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    output = tmp_path / "run"
+    argv = [*EVERY_THREE, "--output-dir", str(output), "--logging-steps"]
+    main([*argv, "5", "--lr-scheduler", "constant_with_warmup", "--max-steps", "6"])
+    main([*argv, "8", "--lr-scheduler", "constant_with_warmup", "--max-steps", "9", "--resume", "latest"])
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    logged = {line["step"]: line for line in lines if "loss" in line}
+    assert list(logged) == [5, 6, 8, 9]
+    assert 0.3 < logged[8]["loss"] / logged[6]["loss"] < 3  # a mean over two steps, not a sum of two over eight
+    assert logged[9]["seconds"] > logged[6]["seconds"]
+    assert every_step
 
 
 def limit_file_size():
@@ -116,14 +141,14 @@ def limit_file_size():
     resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
 
 
-def test_a_disk_that_is_full_leaves_a_message_and_the_earlier_checkpoints(whole, tmp_path, capfd):
+def test_a_disk_that_is_full_leaves_a_message_and_the_earlier_checkpoints(whole, tmp_path):
     output = copy(whole, tmp_path)
     assert (output / "checkpoints" / "step-00000009" / "state.safetensors").stat().st_size > 800_000
     argv = [*EVERY_THREE, "--output-dir", str(output), "--resume", "latest", "--max-steps", "12"]
-    child = start(argv, before=limit_file_size)
+    child = start(argv, before=limit_file_size, output=tmp_path / "said")
     child.join()
     assert child.exitcode == 1
-    said = capfd.readouterr().err
+    said = (tmp_path / "said").read_text()
     assert "step-00000012 could not be written" in said
     assert "Kept: ['step-00000006', 'step-00000009']" in said
     assert names(output) == ["step-00000006", "step-00000009"]

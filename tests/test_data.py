@@ -60,6 +60,19 @@ def test_an_image_that_cannot_be_decoded_is_named(folder):
         data[1]
 
 
+def test_sixteen_bits_and_orientation_are_read_as_a_viewer_would(tmp_path):
+    Image.fromarray(np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)).save(tmp_path / "grey.png")
+    turned = np.zeros((8, 8, 3), np.uint8)
+    turned[0] = 255  # a bright line at the top, at the right once turned clockwise
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(turned).save(tmp_path / "photo.jpg", exif=exif, quality=100, subsampling=0)
+    data = ImageTensors(load_images(str(tmp_path)), "image", 8, 1)
+    torch.testing.assert_close(data[0][0].flatten(), torch.linspace(-1, 1, 64), rtol=0, atol=1 / 127)
+    assert data[1][0][0, :, -1].min() > 0.8
+    assert data[1][0][0, :, 0].max() < -0.8
+
+
 def test_channels_and_empty_data_are_refused(folder):
     data = load_images(str(folder))
     with pytest.raises(ValueError, match=r"`channels` must be one of \[1, 3\], got 2"):

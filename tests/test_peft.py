@@ -20,7 +20,7 @@ def test_lora_gradients_are_those_of_the_weighted_loss():
     assert trainable
     assert all("lora" in name for name in trainable)
     images, noise, t = torch.randn(3, 1, 8, 8), torch.randn(3, 1, 8, 8), torch.tensor([5, 100, 800])
-    x, target = process.noisy_and_target(images, noise, t)
+    x, target = process.noisy_and_target(images, noise, process.schedule.log_snr(t))
 
     snrweights.weighted_loss(model(x, t), target, t, DDPMScheduler(), "smoothed_kl", tau=0.2).backward()
     found = {name: p.grad.clone() for name, p in trainable.items()}

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from snrweights.integrations.processes import PROCESSES, guided, heun, karras_sigmas
+from snrweights.integrations.processes import PROCESSES
+from snrweights.integrations.sampling import guided, heun, karras_sigmas
 
 from snrweights.densities import as_density
 from snrweights.process import alpha_sigma, target

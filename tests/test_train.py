@@ -51,7 +51,8 @@ def test_launched_without_a_flag_it_says_where_everything_is(run):
 
 def test_configuration_and_metrics(run):
     config = yaml.safe_load((run[0] / "config.yaml").read_text())
-    assert config["weight"] == {"method": "smoothed_kl", "set": ["tau=0.2"], "normalize": "mean"}
+    expected = {"method": "smoothed_kl", "set": ["tau=0.2"], "normalize": "mean", "clamp_max": None}
+    assert config["weight"] == expected
     lines = [json.loads(line) for line in (run[0] / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if "loss" in line]
     assert [line["step"] for line in trained] == [2, 3]
@@ -118,6 +119,7 @@ def test_every_digits_preset_learns(tmp_path, preset):
         ["--process", "flow", "--shift", "3", "--method", "native", "--num-classes", "10", "--guidance-scale", "2"],
         ["--compile", "--max-steps", "2"],
         ["--features", "pixels", "lite0"],
+        ["--process", "flow", "--method", "elbo", "--clamp-max", "100"],
     ],
     ids=lambda options: options[0] + "=" + options[1] if len(options) > 1 else options[0],
 )
@@ -149,6 +151,11 @@ def test_a_conditional_model_is_given_the_classes(tmp_path):
             ValueError,
             "must be one of .'uniform', 'logit_normal'",
         ),
+        (["--gradient-accumulation-steps", "0"], SystemExit, "`--gradient-accumulation-steps` must be > 0, got 0"),
+        (["--num-inference-steps", "1"], SystemExit, "`--num-inference-steps` must be > 1, got 1"),
+        (["--ema-decay", "2"], SystemExit, r"`--ema-decay` must be in \[0, 1\), got 2"),
+        (["--attention", "True", "False"], SystemExit, "`--attention` needs one entry per level, 1, got 2"),
+        (["--features", "inception"], ModuleNotFoundError, r"pip install 'snrweights\[fid\]'"),
         (["--num-classes", "3"], ValueError, r"outside \[0, 3\): set `num_classes`"),
         (["--resume", "nowhere"], RuntimeError, "nowhere cannot be used"),
     ],

@@ -29,18 +29,21 @@ def main(argv, threads=1):
         raise SystemExit(str(error)) from None
 
 
-def start(argv, before=None):
-    """Start train.main in a child of a server that has everything imported already."""
+def start(argv, before=None, output=os.devnull):
+    """Start train.main in a child of a server that has everything imported already; what it says goes to a file."""
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training", "diffusers", "accelerate", "datasets", "snrweights.plots"])
-    process = context.Process(target=_child, args=(argv, before))
+    process = context.Process(target=_child, args=(argv, before, str(output)))
     process.start()
     return process
 
 
-def _child(argv, before):
+def _child(argv, before, output):
     os.setsid()  # a group of its own, so that a signal can be sent to it
+    file = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
     if before is not None:
         before()
     main(argv)
