@@ -68,7 +68,7 @@ class Checkpoints:
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(aside, final)
                 _sync(self._folder)
-                self._prune()
+                self._prune(final)
             except (OSError, RuntimeError, SafetensorError) as caught:
                 error = caught
                 shutil.rmtree(aside, ignore_errors=True)
@@ -113,8 +113,11 @@ class Checkpoints:
         """Remove all checkpoints, and what a killed process left half-written."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _prune(self) -> None:
-        for path in self.all()[: -self._keep] if self._keep else []:
+    def _prune(self, newest: Path) -> None:
+        """Remove what is newer than the run, damaged or left by one that went further, then all but the last few."""
+        paths = self.all()
+        end = paths.index(newest) + 1
+        for path in paths[end:] + (paths[: max(0, end - self._keep)] if self._keep else []):
             shutil.rmtree(path)
 
 

@@ -103,6 +103,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, tmp_pat
     assert name in said.err
     assert "Resuming from" in said.out
     assert "step-00000006, step 6" in said.out
+    assert names(output) == ["step-00000006", "step-00000009"]
     assert_bit_equal(final_state(output, STEPS), final_state(whole, STEPS))
     with pytest.raises(SystemExit, match=r"step-00000003 cannot be used: no readable manifest\.json"):
         main([*EVERY_THREE, "--output-dir", str(output), "--resume", str(output / "checkpoints" / "step-00000003")])

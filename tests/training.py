@@ -53,6 +53,7 @@ def final_state(run, step):
     """Return every tensor of the checkpoint of a step, and of the model saved at the end."""
     folder = run / "checkpoints" / f"step-{step:08d}"
     tensors = load_file(folder / "state.safetensors")
+    del tensors["seconds"]  # since the start: no two runs take the same
     assert {name.split(".")[0] for name in tensors} >= {"model", "optimizer", "ema", "tracker"}
     saved = run / "model" / "unet" / "diffusion_pytorch_model.safetensors"
     return tensors | {f"saved.{k}": v for k, v in load_file(saved).items()}
