@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,16 @@ from snrweights.densities import Density, as_density, mean_under
 from snrweights.predictions import LIMIT, check_prediction_type, convert_log_weight
 from snrweights.schedulers import as_schedule
 from snrweights.schedules import DiscreteSchedule, Schedule, lookup
+
+if TYPE_CHECKING:
+    from typing_extensions import dataclass_transform
+else:  # in typing from Python 3.11 on, and of use to type checkers alone
+
+    def dataclass_transform(**options):
+        """Do nothing."""
+        del options
+        return lambda decorator: decorator
+
 
 Normalize = Literal["mean"] | None
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
