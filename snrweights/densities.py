@@ -6,16 +6,14 @@ Each is given by its quantile function, from a uniform u in (0, 1) to log-SNR, a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property, singledispatch
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from snrweights.predictions import LIMIT, softplus
-from snrweights.schedules import CosineSchedule, DiscreteSchedule, EDMSchedule, FlowSchedule, Schedule, exact_dtype
+from snrweights.schedules import exact_dtype
 
 _HALF_LN_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -31,7 +29,8 @@ class Density(Protocol):
         """Return the log-SNR below which the mass u lies, u in (0, 1)."""
 
 
-def _exact(x: Tensor) -> Tensor:
+def exact(x: Tensor) -> Tensor:
+    """Return ``x`` in float64, or float32 on a device that has no float64."""
     return x.to(exact_dtype(x.device))
 
 
@@ -44,28 +43,6 @@ def sample(density: Density, shape: tuple[int, ...], generator: torch.Generator 
     """
     u = torch.rand(shape, generator=generator, dtype=torch.float64)
     return density.icdf(u.clamp(2.0**-54, 1 - 2.0**-53))
-
-
-def mean_under(density: Density, function: Callable[[Tensor], Tensor]) -> float:
-    """Return the mean of a function of log-SNR under the density; inf where the integral does not converge.
-
-    A sum over the timesteps of a table, else tanh-sinh quadrature in the quantile u. An integral counts as convergent
-    if the outermost 1e-8 of the mass at both ends does not carry 1 % of it.
-
-    Example:
-        >>> round(mean_under(FlowUniform(), lambda log_snr: log_snr.sigmoid()), 12)
-        0.5
-    """
-    if isinstance(density, TableDensity):
-        return float(function(density.log_snr).mean())
-    x = torch.linspace(-3.2, 3.2, 8193, dtype=torch.float64)
-    u = torch.sigmoid(math.pi * torch.sinh(x))
-    mass = torch.cosh(x) * u * torch.sigmoid(-math.pi * torch.sinh(x))
-    inside = (u > 0) & (u < 1)
-    u, mass = u[inside], mass[inside] / mass[inside].sum()
-    terms = function(density.icdf(u)) * mass
-    tails = terms[(u <= 1e-8) | (u >= 1 - 1e-8)]
-    return float(terms.sum()) if tails.abs().sum() <= 0.01 * terms.abs().sum() else math.inf
 
 
 @dataclass(frozen=True)
@@ -84,12 +61,12 @@ class Cosine:
 
     def log_prob(self, log_snr: Tensor) -> Tensor:
         """Return ln p, any shape."""
-        half = (_exact(log_snr) - self.shift).abs() / 2
+        half = (exact(log_snr) - self.shift).abs() / 2
         return -half - softplus(-2 * half) - math.log(math.pi)
 
     def icdf(self, u: Tensor) -> Tensor:
         """Return the quantile of u."""
-        u = _exact(u)
+        u = exact(u)
         return self.shift - 2 * torch.log(torch.sin(math.pi / 2 * (1 - u))) + 2 * torch.log(torch.sin(math.pi / 2 * u))
 
 
@@ -111,12 +88,12 @@ class FlowUniform:
 
     def log_prob(self, log_snr: Tensor) -> Tensor:
         """Return ln p, any shape."""
-        half = (_exact(log_snr) / 2 + math.log(self.shift)).abs()
+        half = (exact(log_snr) / 2 + math.log(self.shift)).abs()
         return -half - 2 * softplus(-half) - math.log(2)
 
     def icdf(self, u: Tensor) -> Tensor:
         """Return the quantile of u."""
-        return 2 * torch.logit(_exact(u)) - 2 * math.log(self.shift)
+        return 2 * torch.logit(exact(u)) - 2 * math.log(self.shift)
 
 
 @dataclass(frozen=True)
@@ -136,12 +113,12 @@ class Normal:
 
     def log_prob(self, log_snr: Tensor) -> Tensor:
         """Return ln p, any shape."""
-        z = (_exact(log_snr) - self.mean) / self.std
+        z = (exact(log_snr) - self.mean) / self.std
         return -z.square() / 2 - math.log(self.std) - _HALF_LN_2PI
 
     def icdf(self, u: Tensor) -> Tensor:
         """Return the quantile of u."""
-        return self.mean + self.std * torch.special.ndtri(_exact(u))
+        return self.mean + self.std * torch.special.ndtri(exact(u))
 
 
 def log_normal_sigma(mean: float = -1.2, std: float = 1.2) -> Normal:
@@ -186,7 +163,7 @@ class LogUniform:
 
     def log_prob(self, log_snr: Tensor) -> Tensor:
         """Return ln p, any shape; -inf outside the range."""
-        log_snr = _exact(log_snr)
+        log_snr = exact(log_snr)
         low, high = -2 * math.log(self.sigma_max), -2 * math.log(self.sigma_min)
         slack = 1e-9  # the ends themselves belong to the range, also after a rounding
         inside = (log_snr >= low - slack) & (log_snr <= high + slack)
@@ -195,7 +172,7 @@ class LogUniform:
     def icdf(self, u: Tensor) -> Tensor:
         """Return the quantile of u."""
         low, high = -2 * math.log(self.sigma_max), -2 * math.log(self.sigma_min)
-        return low + (high - low) * _exact(u)
+        return low + (high - low) * exact(u)
 
 
 @dataclass(frozen=True)
@@ -215,11 +192,11 @@ class Laplace:
 
     def log_prob(self, log_snr: Tensor) -> Tensor:
         """Return ln p, any shape."""
-        return -(_exact(log_snr) - self.loc).abs() / self.scale - math.log(2 * self.scale)
+        return -(exact(log_snr) - self.loc).abs() / self.scale - math.log(2 * self.scale)
 
     def icdf(self, u: Tensor) -> Tensor:
         """Return the quantile of u."""
-        u = _exact(u)
+        u = exact(u)
         return self.loc + self.scale * torch.where(u < 0.5, torch.log(2 * u), -torch.log(2 * (1 - u)))
 
 
@@ -240,14 +217,14 @@ class Cauchy:
 
     def log_prob(self, log_snr: Tensor) -> Tensor:
         """Return ln p, any shape."""
-        z = (_exact(log_snr) - self.loc) / self.scale
+        z = (exact(log_snr) - self.loc) / self.scale
         density = -torch.log1p(z * z) - math.log(math.pi * self.scale)
         # its tail is no power of SNR: at LIMIT, which stands for infinity, let it be a small one
         return torch.where(log_snr.abs() == LIMIT, -3 / 16 * LIMIT, density)
 
     def icdf(self, u: Tensor) -> Tensor:
         """Return the quantile of u."""
-        u = _exact(u)
+        u = exact(u)
         lower, upper = -1 / torch.tan(math.pi * u), 1 / torch.tan(math.pi * (1 - u))
         return self.loc + self.scale * torch.where(u < 0.5, lower, upper)
 
@@ -279,12 +256,12 @@ class Mode:
 
     def icdf(self, u: Tensor) -> Tensor:
         """Return the quantile of u."""
-        u = _exact(u)  # time falls with u, so log-SNR rises; the map is symmetric under u -> 1 - u, t -> 1 - t
+        u = exact(u)  # time falls with u, so log-SNR rises; the map is symmetric under u -> 1 - u, t -> 1 - t
         return 2 * (torch.log(self._signal(u)) - torch.log(self._signal(1 - u))) - 2 * math.log(self.shift)
 
     def log_prob(self, log_snr: Tensor) -> Tensor:
         """Return ln p, any shape, by bisection for u."""
-        target = _exact(log_snr).clamp(-LIMIT, LIMIT)
+        target = exact(log_snr).clamp(-LIMIT, LIMIT)
         low, high = torch.zeros_like(target), torch.ones_like(target)
         for _ in range(60):
             middle = (low + high) / 2
@@ -294,107 +271,6 @@ class Mode:
         slope = (1 + self.scale - self.scale * math.pi / 2 * torch.sin(math.pi * u)).abs()  # |dt / du|
         half = (target / 2 + math.log(self.shift)).abs()  # |dl / dt| = 2 / (t (1 - t))
         return -half - 2 * softplus(-half) - math.log(2) - torch.log(slope)
-
-
-@dataclass(frozen=True, eq=False)
-class TableDensity:
-    """Uniform timesteps of a discrete schedule: p = 1 / (T |dl/dt|), by central differences, one-sided at the ends.
-
-    A timestep at infinite log-SNR (zero terminal SNR) is an atom of mass 1/T, kept apart: ``log_prob`` is -inf there.
-    Between the timesteps ln p is interpolated; beyond the last finite ones it is -inf.
-
-    Args:
-        log_snr: (T,) float64, non-increasing.
-    """
-
-    log_snr: Tensor = field(repr=False)
-
-    @cached_property
-    def _table(self) -> tuple[Tensor, Tensor]:
-        finite = self.log_snr[self.log_snr.isfinite()].unique()  # ascending, as searchsorted wants it
-        if len(finite) < 2:
-            raise ValueError(f"A density needs timesteps at two finite log-SNRs at least, got {self.log_snr.tolist()}.")
-        (slope,) = torch.gradient(finite)
-        return finite, -torch.log(slope * len(self.log_snr))
-
-    def log_prob(self, log_snr: Tensor) -> Tensor:
-        """Return ln p, any shape."""
-        log_snr = _exact(log_snr)
-        x, y = (part.to(log_snr) for part in self._table)
-        right = torch.searchsorted(x, log_snr.contiguous()).clamp(1, len(x) - 1)
-        x0, x1, y0, y1 = x[right - 1], x[right], y[right - 1], y[right]
-        inside = (log_snr >= x[0]) & (log_snr <= x[-1])
-        fraction = torch.where(inside, (log_snr - x0) / (x1 - x0), 0.0)
-        value = torch.where(fraction == 1, y1, y0 + fraction * (y1 - y0))
-        return torch.where(inside, value, -math.inf)
-
-    def icdf(self, u: Tensor) -> Tensor:
-        """Return the log-SNR of the timestep at quantile u (a step function: the draws are discrete)."""
-        steps = len(self.log_snr)
-        index = (steps * (1 - _exact(u))).ceil().long().clamp(1, steps) - 1
-        return self.log_snr.to(index.device)[index]
-
-
-@dataclass(frozen=True)
-class Between:
-    """A density given that its quantile lies in (low, high): a schedule that stops short of its ends.
-
-    ``log_prob`` is not cut off outside, so that a stray timestep there gets a weight that goes on smoothly.
-
-    Example:
-        >>> Between(FlowUniform(), 0.0, 0.5).icdf(torch.tensor([1.0]))
-        tensor([0.], dtype=torch.float64)
-    """
-
-    density: Density
-    low: float
-    high: float
-
-    def log_prob(self, log_snr: Tensor) -> Tensor:
-        """Return ln p, any shape."""
-        return self.density.log_prob(log_snr) - math.log(self.high - self.low)
-
-    def icdf(self, u: Tensor) -> Tensor:
-        """Return the quantile of u."""
-        return self.density.icdf(self.low + (self.high - self.low) * _exact(u))
-
-
-def _between(density: Density, low: float, high: float) -> Density:
-    return density if (low, high) == (0, 1) else Between(density, low, high)
-
-
-@singledispatch
-def default_density(schedule: Schedule) -> Density:
-    """Return the density of a loop that draws uniformly over the schedule's timesteps.
-
-    For EDMSchedule over sigma, which nobody draws uniformly, it is the paper's log-normal (-1.2, 1.2).
-
-    Example:
-        >>> default_density(FlowSchedule(shift=3.0))
-        FlowUniform(shift=3.0)
-    """
-    return TableDensity(schedule.log_snr(schedule.grid()))
-
-
-@default_density.register
-def _(schedule: DiscreteSchedule) -> Density:
-    return TableDensity(schedule.log_snr_table)
-
-
-@default_density.register
-def _(schedule: CosineSchedule) -> Density:
-    return _between(Cosine(2 * math.log(64 / schedule.resolution)), 1 - schedule.t_max, 1 - schedule.t_min)
-
-
-@default_density.register
-def _(schedule: FlowSchedule) -> Density:
-    k, s_min = schedule.shift, schedule.s_min
-    return _between(FlowUniform(k), 0, 1 - s_min / (k - (k - 1) * s_min))  # s_min before the shift
-
-
-@default_density.register
-def _(schedule: EDMSchedule) -> Density:
-    return log_normal_sigma()
 
 
 DENSITIES = {
@@ -407,24 +283,6 @@ DENSITIES = {
     "cauchy": Cauchy,
     "mode": Mode,
 }
-
-
-def as_density(density: Density | str | None, schedule: Schedule) -> Density:
-    """Return a density from itself, its name (with default parameters) or None (the schedule's own).
-
-    Raises:
-        ValueError: unknown name.
-        TypeError: neither of the three.
-    """
-    if density is None:
-        return default_density(schedule)
-    if isinstance(density, str):
-        if density not in DENSITIES:
-            raise ValueError(f"Unknown density {density!r}; choose one of {list(DENSITIES)}.")
-        return DENSITIES[density]()  # type: ignore[operator]
-    if isinstance(density, Density):
-        return density
-    raise TypeError(f"`density` must be a Density, a name in {list(DENSITIES)} or None, got {type(density).__name__}.")
 
 
 def _positive(name: str, value: float) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snrweights.densities import Density, mean_under
+from snrweights.densities import Density
+from snrweights.drawn import mean_under
 from snrweights.losses import Method
 from snrweights.schedulers import as_schedule
 from snrweights.weightings.base import get_weighting

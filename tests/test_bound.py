@@ -19,7 +19,8 @@ from snrweights import (
     list_weightings,
     register_weighting,
 )
-from snrweights.densities import FlowUniform, Normal, default_density, mean_under, sample
+from snrweights.densities import FlowUniform, Normal, sample
+from snrweights.drawn import default_density, mean_under
 from snrweights.weightings import parity
 from snrweights.weightings.base import _REGISTRY
 

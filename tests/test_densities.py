@@ -21,14 +21,11 @@ from snrweights.densities import (
     LogUniform,
     Mode,
     Normal,
-    TableDensity,
-    as_density,
-    default_density,
     log_normal_sigma,
     logit_normal,
-    mean_under,
     sample,
 )
+from snrweights.drawn import TableDensity, as_density, default_density, mean_under
 
 CONTINUOUS = [
     Cosine(),

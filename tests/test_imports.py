@@ -14,6 +14,7 @@ PACKAGE = Path(snrweights.__file__).parent
 FLOORS = [
     {"schedules", "predictions", "version"},
     {"schedulers", "densities", "tracking", "process"},
+    {"drawn"},
     {"weightings.base"},
     {"weightings.classic", "weightings.clipped", "weightings.objectives", "weightings.parity"},
     {"weightings"},

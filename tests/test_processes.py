@@ -7,7 +7,7 @@ import torch
 from snrweights.integrations.processes import PROCESSES
 from snrweights.integrations.sampling import guided, heun, karras_sigmas
 
-from snrweights.densities import as_density
+from snrweights.drawn import as_density
 from snrweights.process import alpha_sigma, target
 
 OPTIONS = {

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from snrweights.densities import Density, as_density, mean_under
+from snrweights.densities import Density
+from snrweights.drawn import as_density, mean_under
 from snrweights.predictions import LIMIT, check_prediction_type, convert_log_weight
 from snrweights.schedulers import as_schedule
 from snrweights.schedules import DiscreteSchedule, Schedule, lookup

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snrweights.densities import mean_under
+from snrweights.drawn import mean_under
 from snrweights.predictions import log_error_ratio, softplus
 from snrweights.schedulers import as_schedule
 from snrweights.schedules import Schedule
