@@ -129,7 +129,8 @@ class Trainer:
         total = torch.zeros((), device=device)
         for forward in range((step - 1) * accumulate, step * accumulate):
             images, labels = (part.to(device, non_blocking=True) for part in next(batches))
-            torch.manual_seed(seed_of(self.options.run.seed, DROPOUT, forward, self.accelerator.process_index))
+            if self.options.model.dropout:
+                torch.manual_seed(seed_of(self.options.run.seed, DROPOUT, forward, self.accelerator.process_index))
             with self.accelerator.accumulate(self.model):
                 images, noise, t, labels = self.draw(images, labels, forward)
                 losses, log_snr = self.losses(images, noise, t, labels)

@@ -169,7 +169,7 @@ class DiscreteSchedule:
 def lookup(table: Tensor, t: Tensor) -> Tensor:
     """Read ``table`` (T,) at ``t``: a gather for integers; for floats linear interpolation, exact at infinite ends."""
     if not t.is_floating_point():
-        return table.index_select(0, t.flatten()).reshape(t.shape)
+        return table.index_select(0, t) if t.ndim == 1 else table.index_select(0, t.flatten()).reshape(t.shape)
     low = t.floor().clamp(0, len(table) - 1)
     fraction = (t - low).to(table.dtype).clamp(0, 1)
     i = low.long().flatten()
