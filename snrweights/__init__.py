@@ -6,6 +6,8 @@
 tensor([0.0110, 1.0000])
 """
 
+from typing import TYPE_CHECKING, Any
+
 from snrweights import weightings  # registers the weightings
 from snrweights.losses import loss_weight, per_sample_mse, weighted_loss
 from snrweights.objective import Objective, objective
@@ -23,6 +25,9 @@ from snrweights.weightings.base import (
 )
 from snrweights.weightings.clipped import Match, match
 
+if TYPE_CHECKING:
+    from snrweights.integrations.diffusers import attach
+
 __all__ = [
     "BoundWeighting",
     "CosineSchedule",
@@ -35,6 +40,7 @@ __all__ = [
     "Weighting",
     "__version__",
     "as_schedule",
+    "attach",
     "get_weighting",
     "hyper",
     "list_weightings",
@@ -46,3 +52,11 @@ __all__ = [
     "weighted_loss",
     "weightings",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "attach":
+        from snrweights.integrations.diffusers import attach
+
+        return attach
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from snrweights import plots, report
 from snrweights.densities import DENSITIES
@@ -54,6 +54,12 @@ def _plot(arguments: argparse.Namespace) -> None:
     print(f"Wrote {arguments.output}")
 
 
+def _launch(arguments: argparse.Namespace) -> Callable[[], int]:
+    from snrweights.integrations.launch import prepare
+
+    return prepare(arguments)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="snrweights", description="Loss weights over the noise level for diffusion training."
@@ -76,6 +82,12 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--density", choices=list(DENSITIES), help="of the timesteps drawn (default: the schedule's own)")
     plot.add_argument("-o", "--output", default="weights.png", help="file to write (default: weights.png)")
     plot.set_defaults(run=_plot)
+
+    from snrweights.integrations.launch import add_arguments
+
+    launch = commands.add_parser("launch", help="run an unmodified training script with a weighting")
+    add_arguments(launch)
+    launch.set_defaults(run=_launch)
     return parser
 
 
@@ -83,8 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        go_on = arguments.run(arguments)
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         print(f"snrweights {arguments.command}: {error}", file=sys.stderr)
         return 2
-    return 0
+    return go_on() if go_on is not None else 0  # a script's own errors are its own

@@ -72,8 +72,8 @@ def loss_weight(
         entry = _cache.get(key)
     except TypeError:
         raise TypeError(f"`method`, `density` and hyperparameters must be hashable, got {key[1:]}.") from None
-    state = _state(schedule)
-    if entry is None or not _same(entry[1], state):
+    state = state_of(schedule)
+    if entry is None or not same_state(entry[1], state):
         bound = get_weighting(method, **hp).bind(
             schedule,
             prediction_type=prediction_type,
@@ -103,16 +103,17 @@ def _as_timesteps(t: Tensor | int | float) -> Tensor:
     return t if t.is_floating_point() or t.dtype in (torch.int32, torch.int64) else t.long()
 
 
-def _state(source: Any) -> tuple[Any, ...]:
-    """Return what tells that a scheduler or table was changed: objects to compare by identity, then plain values."""
+def state_of(source: Any) -> tuple[Any, ...]:
+    """Return what tells that a scheduler or table was changed; for ``same_state``."""
     table = source if isinstance(source, Tensor) else getattr(source, "alphas_cumprod", None)
     version = table._version if isinstance(table, Tensor) and not table.is_inference() else 0
     config = getattr(source, "config", None)
     return table, config, version, getattr(config, "prediction_type", None)
 
 
-def _same(old: tuple[Any, ...], new: tuple[Any, ...]) -> bool:
-    return old[0] is new[0] and old[1] is new[1] and old[2:] == new[2:]
+def same_state(old: tuple[Any, ...], new: tuple[Any, ...]) -> bool:
+    """Whether two states are of an unchanged scheduler: the same table, a config that is equal."""
+    return old[0] is new[0] and old[2:] == new[2:] and (old[1] is new[1] or bool(old[1] == new[1]))
 
 
 def per_sample_mse(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
