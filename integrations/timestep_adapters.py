@@ -146,7 +146,7 @@ def adapter_of(model: nn.Module) -> Adapter | None:
     """Return the adapter of a model's class, or None if it is not known.
 
     Example:
-        >>> adapter_of(torch.nn.Linear(1, 1)) is None
+        >>> adapter_of(nn.Linear(1, 1)) is None
         True
     """
     return next((ADAPTERS[name] for name in classes_of(model) if name in ADAPTERS), None)

@@ -9,6 +9,7 @@ tensor([0.0110, 1.0000])
 from typing import TYPE_CHECKING, Any
 
 from snrweights import weightings  # registers the weightings
+from snrweights.doctor import Diagnosis, Finding, doctor
 from snrweights.losses import loss_weight, per_sample_mse, weighted_loss
 from snrweights.objective import Objective, objective
 from snrweights.schedulers import as_schedule
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
 __all__ = [
     "BoundWeighting",
     "CosineSchedule",
+    "Diagnosis",
     "DiscreteSchedule",
     "EDMSchedule",
+    "Finding",
     "FlowSchedule",
     "LossVarianceTracker",
     "Match",
@@ -41,6 +44,7 @@ __all__ = [
     "__version__",
     "as_schedule",
     "attach",
+    "doctor",
     "get_weighting",
     "hyper",
     "list_weightings",

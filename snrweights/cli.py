@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 
 from snrweights import plots, report
 from snrweights.densities import DENSITIES
+from snrweights.doctor import doctor
 from snrweights.predictions import PREDICTION_TYPES
 from snrweights.schedulers import schedule_names
 from snrweights.version import __version__
@@ -54,6 +56,29 @@ def _plot(arguments: argparse.Namespace) -> None:
     print(f"Wrote {arguments.output}")
 
 
+def _doctor(arguments: argparse.Namespace) -> Callable[[], int]:
+    from snrweights.integrations.scheduler_files import load_scheduler
+
+    diagnosis = doctor(
+        load_scheduler(arguments.scheduler),
+        arguments.method,
+        prediction_type=arguments.prediction_type,
+        density=arguments.density,
+        normalize=arguments.normalize,
+        clamp_max=arguments.clamp_max,
+        batch_size=arguments.batch_size,
+        accumulation=arguments.accumulation,
+        prior_preservation=arguments.prior_preservation,
+        sample_mask=arguments.sample_mask,
+        script_args=arguments.script_args.split(),
+        **parse_settings(arguments.set),
+    )
+    print(json.dumps(diagnosis.as_dict(), indent=2) if arguments.json else diagnosis)
+    if arguments.output:
+        plots.save(plots.plot_diagnosis(diagnosis), arguments.output)
+    return lambda: 0 if diagnosis.healthy else 1
+
+
 def _launch(arguments: argparse.Namespace) -> Callable[[], int]:
     from snrweights.integrations.launch import prepare
 
@@ -82,6 +107,25 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--density", choices=list(DENSITIES), help="of the timesteps drawn (default: the schedule's own)")
     plot.add_argument("-o", "--output", default="weights.png", help="file to write (default: weights.png)")
     plot.set_defaults(run=_plot)
+
+    check = commands.add_parser("doctor", help="say what will go wrong in a configuration, and what mends it")
+    check.add_argument(
+        "--scheduler", required=True, metavar="DIR_OR_NAME", help="a scheduler's or pipeline's folder, or its name"
+    )
+    check.add_argument("--method", help="the weighting to be used (default: none)")
+    check.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="hyperparameter, repeatable")
+    check.add_argument("--prediction-type", choices=PREDICTION_TYPES, help="(default: what the scheduler states)")
+    check.add_argument("--density", choices=list(DENSITIES), help="of the timesteps drawn (default: uniform)")
+    check.add_argument("--normalize", choices=["mean"], help="scale the weight to average 1")
+    check.add_argument("--clamp-max", type=float, metavar="W", help="upper bound on the weight")
+    check.add_argument("--batch-size", type=int, metavar="N", help="samples in a micro-batch")
+    check.add_argument("--accumulation", type=int, default=1, metavar="K", help="micro-batches in a step (default: 1)")
+    check.add_argument("--prior-preservation", action="store_true", help="the second half of a batch are class images")
+    check.add_argument("--sample-mask", action="store_true", help="attach is given one")
+    check.add_argument("--script-args", default="", metavar="ARGS", help='of the script: --script-args="--snr_gamma 5"')
+    check.add_argument("--json", action="store_true", help="print JSON")
+    check.add_argument("-o", "--output", metavar="FILE", help="draw what the configuration optimises")
+    check.set_defaults(run=_doctor)
 
     from snrweights.integrations.launch import add_arguments
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from snrweights.densities import Density
+from snrweights.doctor import Diagnosis
 from snrweights.objective import objective
 from snrweights.schedulers import as_schedule
 from snrweights.tracking import LossStatistics
@@ -99,6 +100,37 @@ def plot_weights(
     _finish(right, "what is optimised: density × weight", "objective (maximum 1)")
     right.set_ylim(bottom=0)
     left.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def plot_diagnosis(diagnosis: Diagnosis) -> Figure:
+    """Draw what a configuration optimises, w_KG over log-SNR, beside DDPM, Min-SNR and the flow default.
+
+    Each objective is scaled to 1 at log-SNR 0. Those beside it are on their usual schedules: DDPM and Min-SNR with
+    epsilon on ``linear``, the flow default with uniform timesteps.
+
+    Example:
+        >>> from snrweights.doctor import doctor
+        >>> len(plot_diagnosis(doctor("flow", "min_snr")).axes[0].lines)
+        4
+    """
+    figure = _figure(1)
+    ax = figure.subplots()
+    beside = {
+        "DDPM (ε, linear)": objective("linear", "native", prediction_type="epsilon"),
+        "Min-SNR-5 (ε, linear)": objective("linear", "min_snr", prediction_type="epsilon"),
+        "flow default (uniform t)": objective("flow", "native"),
+    }
+    curves = [("your configuration", diagnosis.configuration.objective), *beside.items()]
+    for i, (name, shown) in enumerate(curves):
+        scale = shown.w_kg[shown.log_snr.abs().argmin()]
+        width = 1.2 if i else 2.4
+        ax.plot(shown.log_snr, shown.w_kg / scale, color=_COLOURS[i], ls=_STYLES[i], lw=width, label=name)
+    ax.set_yscale("log")
+    ax.set_ylim(1e-3, 1e2)
+    ax.set_xlim(-12, 12)
+    _finish(ax, "what your configuration optimises", "objective w_KG (1 at log-SNR 0)")
+    ax.legend(frameon=False, fontsize=8)
     return figure
 
 

@@ -71,10 +71,21 @@ def target(
         >>> target("flow_prediction", torch.ones(1, 2), torch.zeros(1, 2), torch.zeros(1))
         tensor([[-1., -1.]])
     """
-    on_x0, on_noise = _TARGETS[check_prediction_type(prediction_type)](
-        log_snr, _check_sigma_data(prediction_type, sigma_data)
-    )
+    on_x0, on_noise = target_coefficients(prediction_type, log_snr, sigma_data)
     return _like(on_x0, x0) * x0 + _like(on_noise, x0) * noise
+
+
+def target_coefficients(
+    prediction_type: str, log_snr: Tensor, sigma_data: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return (a, b) of ``target = a x0 + b noise``, both of the shape of ``log_snr``.
+
+    Example:
+        >>> target_coefficients("flow_prediction", torch.zeros(1))
+        (tensor([-1.]), tensor([1.]))
+    """
+    check_prediction_type(prediction_type)
+    return _TARGETS[prediction_type](log_snr, _check_sigma_data(prediction_type, sigma_data))
 
 
 def to_x0(
@@ -103,8 +114,7 @@ def to_x0(
         >>> to_x0(target("v_prediction", x0, noise, log_snr), x, log_snr, "v_prediction")
         tensor([[1., 1.]])
     """
-    sigma_data = _check_sigma_data(prediction_type, sigma_data)
-    a, b = _TARGETS[check_prediction_type(prediction_type)](log_snr, sigma_data)
+    a, b = target_coefficients(prediction_type, log_snr, sigma_data)
     alpha, sigma = alpha_sigma(log_snr, coords)
     denominator = sigma * a - b * alpha
     return _like(sigma / denominator, x) * prediction - _like(b / denominator, x) * x

@@ -19,7 +19,8 @@ FLOORS = [
     {"weightings.classic", "weightings.clipped", "weightings.objectives", "weightings.parity"},
     {"weightings"},
     {"losses"},
-    {"objective"},
+    {"objective", "recognition"},
+    {"doctor"},
     {"report", "plots"},
     {"cli"},
     {""},  # the package's own __init__

@@ -1,0 +1,489 @@
+"""What will go wrong in a training configuration, how much, and the one change that mends it."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from snrweights.densities import Density
+from snrweights.drawn import mean_under
+from snrweights.losses import Method
+from snrweights.objective import Objective, objective
+from snrweights.schedulers import as_schedule
+from snrweights.schedules import CosineSchedule, DiscreteSchedule, FlowSchedule, Schedule, alphas_cumprod_from_betas
+from snrweights.weightings.base import Normalize, WeightCurve, Weighting, get_weighting
+
+Severity = Literal["error", "warning", "note"]
+
+# what scripts call a weighting of their own
+WEIGHT_FLAGS = (
+    "snr_gamma",
+    "min_snr_gamma",
+    "debiased_estimation_loss",
+    "scale_v_pred_loss_like_noise_pred",
+    "v_pred_like_loss",
+    "soft_min_snr_gamma",
+)
+
+_PURE_NOISE = -16.0  # log-SNR; diffusers ends some zero-SNR tables with 2**-24
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to know about a configuration.
+
+    Attributes:
+        name: stable; a paragraph of ``examples/guides/doctor.md`` has it as its heading.
+        severity: ``"error"`` breaks or defeats the training, ``"warning"`` changes it unasked, ``"note"`` informs.
+        message: what, and how much.
+        remedy: the one change that mends it.
+        figures: the numbers in the message.
+
+    Example:
+        >>> print(Finding("an-example", "note", "Something.", "change it"))
+        note      an-example
+                  Something.
+                  -> change it
+    """
+
+    name: str
+    severity: Severity
+    message: str
+    remedy: str
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        width = {"width": 100, "subsequent_indent": "          "}
+        message = textwrap.fill(self.message, initial_indent="          ", **width)  # type: ignore[arg-type]
+        remedy = textwrap.fill(self.remedy, initial_indent="          -> ", **width)  # type: ignore[arg-type]
+        return f"{self.severity:<10}{self.name}\n{message}\n{remedy}"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What the checks look at; arguments as for ``doctor``. ``weighting`` is ``native`` where no method is given."""
+
+    source: Any
+    schedule: Schedule
+    weighting: Weighting
+    curve: WeightCurve
+    density_given: bool
+    normalize: Normalize
+    batch_size: int | None
+    accumulation: int
+    prior_preservation: bool
+    sample_mask: bool
+    script_flags: tuple[str, ...]
+    refused: str | None = None
+
+    @property
+    def weighted(self) -> bool:
+        """Whether a method was given."""
+        return self.weighting.name != "native"
+
+    @property
+    def objective(self) -> Objective:
+        """What is optimised."""
+        return objective(
+            self.schedule,
+            self.weighting,
+            prediction_type=self.curve.prediction_type,
+            density=self.curve.density,
+            clamp_max=self.curve.clamp_max,
+        )
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What ``doctor`` returns.
+
+    Attributes:
+        findings: the errors first.
+        configuration: what was looked at.
+
+    Example:
+        >>> doctor("linear", "ddpm", prediction_type="epsilon").healthy
+        True
+    """
+
+    findings: tuple[Finding, ...]
+    configuration: Configuration = field(repr=False)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether nothing is an error."""
+        return all(finding.severity != "error" for finding in self.findings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the findings as plain values, for JSON."""
+        return {"healthy": self.healthy, "findings": [asdict(finding) for finding in self.findings]}
+
+    def __str__(self) -> str:
+        if not self.findings:
+            return "Nothing found."
+        return "\n\n".join(str(finding) for finding in self.findings)
+
+
+Check = Callable[[Configuration], Iterator[Finding]]
+CHECKS: dict[str, Check] = {}
+
+
+def _check(check: Check) -> Check:
+    CHECKS[check.__name__.strip("_").replace("_", "-")] = check
+    return check
+
+
+@_check
+def _scheduler_cannot_train(c: Configuration) -> Iterator[Finding]:
+    if c.refused is not None:
+        yield Finding(
+            "scheduler-cannot-train",
+            "error",
+            f"{c.refused} What follows goes by its alphas_cumprod.",
+            "noise with DDPMScheduler.from_config(scheduler.config), and keep this one for sampling",
+        )
+
+
+@_check
+def _zero_terminal_snr(c: Configuration) -> Iterator[Finding]:
+    grid = c.schedule.grid()
+    dead = grid[c.schedule.log_snr(grid) < _PURE_NOISE].tolist()
+    if dead and c.curve.prediction_type == "epsilon":
+        yield Finding(
+            "zero-terminal-snr",
+            "error",
+            f"At t = {_listed(dead)} the input is pure noise: epsilon can be read off it and says nothing about the "
+            f"image, so that these steps teach nothing and sampling from there divides by zero. Pasted Min-SNR code "
+            f"gives NaN there.",
+            'train with `prediction_type="v_prediction"` (or "sample")',
+            {"timesteps": dead},
+        )
+
+
+@_check
+def _half_precision_table(c: Configuration) -> Iterator[Finding]:
+    table = getattr(c.source, "alphas_cumprod", c.source)
+    if not isinstance(table, Tensor) or table.dtype not in (torch.float16, torch.bfloat16):
+        return
+    exact = c.schedule.log_snr(torch.arange(len(table)))
+    rounded = table.double().cpu()
+    error = torch.expm1(rounded.log() - torch.log1p(-rounded) - exact).abs()
+    infinite = int((~error.isfinite()).sum())
+    worst = 100 * float(error[error.isfinite()].max())
+    yield Finding(
+        "half-precision-table",
+        "error",
+        f"alphas_cumprod is {str(table.dtype).removeprefix('torch.')}: SNR is off by up to {worst:.0f} %"
+        + (f" and infinite at {infinite} timesteps." if infinite else "."),
+        "keep the scheduler in float32: move models, not schedulers, to half precision",
+        {"largest_error_percent": worst, "infinite": infinite},
+    )
+
+
+@_check
+def _table_is_not_what_noises(c: Configuration) -> Iterator[Finding]:
+    table = getattr(c.source, "alphas_cumprod", None)
+    if not isinstance(table, Tensor) or not hasattr(c.source, "add_noise"):
+        return
+    own = getattr(c.source, "timesteps", None)
+    steps = torch.arange(len(table)) if own is None else own.cpu()
+    steps = steps[torch.linspace(0, len(steps) - 1, 9).long()]
+    steps = steps[(steps >= 0) & (steps <= len(table) - 1)]
+    worst, where = 0.0, 0.0
+    for t in steps:
+        a = float(table[int(t)].double())
+        stated = math.log(a / (1 - a)) if 0 < a < 1 else math.copysign(math.inf, a - 0.5)
+        done = _log_snr_by_noising(c.source, t)
+        off = 0.0 if stated == done or min(stated, done) < _PURE_NOISE else abs(stated - done)
+        if off > worst:
+            worst, where = off, float(t)
+    if worst > 0.01:
+        yield Finding(
+            "table-is-not-what-noises",
+            "error",
+            f"At t = {where:g} add_noise mixes at a log-SNR {worst:.2f} away from what alphas_cumprod says "
+            f"(a factor {math.exp(min(worst, 99)):.3g} in SNR): weights that scripts compute from the table are wrong.",
+            "noise with the scheduler that the table belongs to, such as DDPMScheduler.from_config(scheduler.config)",
+            {"timestep": where, "log_snr_difference": worst},
+        )
+
+
+@_check
+def _second_weighting(c: Configuration) -> Iterator[Finding]:
+    if c.script_flags and c.weighted and not isinstance(c.schedule, FlowSchedule):
+        yield Finding(
+            "second-weighting",
+            "error",
+            f"The script weighs by itself ({_flags(c)}), and {c.weighting!r} would multiply that.",
+            f"drop {_flags(c)}, or use no method",
+            {"flags": list(c.script_flags)},
+        )
+
+
+@_check
+def _flag_ignored_on_flow(c: Configuration) -> Iterator[Finding]:
+    if c.script_flags and isinstance(c.schedule, FlowSchedule):
+        yield Finding(
+            "flag-ignored-on-flow",
+            "error",
+            f"{_flags(c)} is read by trainers for schedules with alphas_cumprod; on flow matching they ignore it "
+            "without a word, and the training is unweighted.",
+            "drop it and weigh with `snrweights.attach` or `snrweights launch`, which do flow",
+            {"flags": list(c.script_flags)},
+        )
+
+
+@_check
+def _non_monotone_objective(c: Configuration) -> Iterator[Finding]:
+    found = c.objective
+    if not found.monotone:
+        yield Finding(
+            "non-monotone-objective",
+            "note",
+            f"w_KG rises with log-SNR by {found.negative_mass:.3g} of its maximum in all: the loss is not a mixture of "
+            "variational bounds. Many objectives in use are like that, EDM's and the flow default among them.",
+            'if you want a bound: `method="sigmoid"`, "elbo" or "edm_monotonic"',
+            {"negative_mass": found.negative_mass},
+        )
+
+
+@_check
+def _loss_scale(c: Configuration) -> Iterator[Finding]:
+    mean = c.curve.mean()
+    if c.weighted and math.isfinite(mean) and not 0.5 <= mean <= 2:
+        yield Finding(
+            "loss-scale",
+            "warning",
+            f"The weight averages {mean:.3g}: gradients are {mean:.3g} times as large. SGD, gradient clipping and "
+            "weight decay that is added to the gradient feel that as another learning rate; Adam and AdamW only "
+            "through their epsilon.",
+            'give `normalize="mean"`',
+            {"mean_weight": mean},
+        )
+
+
+@_check
+def _density_does_not_cover(c: Configuration) -> Iterator[Finding]:
+    if not c.weighted:
+        return
+
+    def weight(log_snr: Tensor) -> Tensor:  # on v, whose error is of one size at every noise level
+        return c.curve.log_weight(log_snr, "v_prediction").exp()
+
+    mean, square = (mean_under(c.curve.density, lambda log_snr, k=k: weight(log_snr) ** k) for k in (1, 2))
+    share = mean**2 / square if 0 < square < math.inf and math.isfinite(mean) else 0.0
+    if share < 0.1:
+        yield Finding(
+            "density-does-not-cover",
+            "error" if share == 0 else "warning",
+            f"The timesteps drawn and {c.weighting!r} hardly meet: the weight "
+            + (
+                "has no finite variance under their density, and single samples dominate the gradient."
+                if share == 0
+                else f"is carried by {100 * share:.2g} % of them, and the gradient is as noisy as with a batch that "
+                "much smaller."
+            ),
+            "draw timesteps from a density nearer the objective (`density=`), or bound the weight (`clamp_max=`)",
+            {"effective_share": share},
+        )
+
+
+@_check
+def _prior_preservation(c: Configuration) -> Iterator[Finding]:
+    if not c.prior_preservation:
+        return
+    if c.script_flags:
+        yield Finding(
+            "prior-preservation",
+            "error",
+            f"With prior preservation {_flags(c)} has one weight for each of the whole batch and losses for its first "
+            "half only: scripts crash on that, or multiply every loss by every weight.",
+            f'drop {_flags(c)} and give `sample_mask="first_half"` to `snrweights.attach`',
+            {"flags": list(c.script_flags)},
+        )
+    elif c.weighted and not c.sample_mask:
+        yield Finding(
+            "prior-preservation",
+            "warning",
+            "The class images in the second half of each batch are weighted too, and the balance that "
+            "prior_loss_weight sets moves.",
+            'give `sample_mask="first_half"`',
+        )
+
+
+@_check
+def _micro_batches(c: Configuration) -> Iterator[Finding]:
+    if getattr(c.weighting, "batch_dependent", False) and (c.accumulation > 1 or c.batch_size == 1):
+        size = "" if c.batch_size is None else f" of {c.batch_size}"
+        yield Finding(
+            "micro-batches",
+            "warning",
+            f"{c.weighting!r} depends on the other samples of its micro-batch{size}, and an optimizer step has "
+            f"{c.accumulation} of those: it is not the weight of the whole batch"
+            + (", and with one sample no weight at all." if c.batch_size == 1 else "."),
+            "use larger micro-batches, or a centre that does not depend on the batch",
+            {"batch_size": c.batch_size, "accumulation": c.accumulation},
+        )
+
+
+@_check
+def _shifted_objective(c: Configuration) -> Iterator[Finding]:
+    if c.density_given:
+        return
+    name, value, plain = _shift_of(c.schedule)
+    if plain is None or c.weighting.target == "objective":  # w_KG / p undoes a shift of p
+        return
+    moved = c.objective
+    reference = objective(plain, c.weighting, prediction_type=c.curve.prediction_type)
+    overlap = _overlap(moved, reference)
+    yield Finding(
+        "shifted-objective",
+        "note",
+        f"{name}={value:g} moves the draws by {abs(_displacement(c.schedule)):.2f} in log-SNR towards the "
+        f"{'noise' if _displacement(c.schedule) < 0 else 'data'}, and the objective with them: {100 * overlap:.0f} % "
+        "of it is where it was.",
+        "an objective that stays where it is: a w_KG-defined method such as sigmoid(bias)",
+        {"displacement": _displacement(c.schedule), "overlap": overlap},
+    )
+
+
+def _shift_of(schedule: Schedule) -> tuple[str, float, Schedule | None]:
+    if isinstance(schedule, FlowSchedule) and schedule.shift != 1:
+        return "shift", schedule.shift, FlowSchedule(1.0, schedule.num_train_timesteps, schedule.reversed)
+    if isinstance(schedule, CosineSchedule) and schedule.resolution != 64:
+        return "resolution", schedule.resolution, CosineSchedule(64.0, schedule.t_min, schedule.t_max)
+    return "", 1.0, None
+
+
+def _displacement(schedule: Schedule) -> float:
+    if isinstance(schedule, FlowSchedule):
+        return -2 * math.log(schedule.shift)
+    assert isinstance(schedule, CosineSchedule)
+    return 2 * math.log(64 / schedule.resolution)
+
+
+def _overlap(one: Objective, other: Objective) -> float:
+    """The mass that two objectives share, each scaled to mass 1."""
+    x = torch.linspace(-20, 20, 4001, dtype=torch.float64)
+    densities = []
+    for objective_ in (one, other):
+        i = torch.searchsorted(objective_.log_snr, x).clamp(1, len(objective_.log_snr) - 1)
+        x0, x1 = objective_.log_snr[i - 1], objective_.log_snr[i]
+        y = torch.lerp(objective_.w_kg[i - 1], objective_.w_kg[i], ((x - x0) / (x1 - x0)).clamp(0, 1))
+        y = torch.where((x < objective_.log_snr[0]) | (x > objective_.log_snr[-1]), 0.0, y)
+        densities.append(y / y.sum())
+    return float(torch.minimum(*densities).sum())
+
+
+def _log_snr_by_noising(scheduler: Any, t: Tensor) -> float:
+    """Log-SNR at one timestep, from what the scheduler does to a unit signal and to a unit noise."""
+    one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    signal = float(scheduler.add_noise(one, zero, t.reshape(1)))
+    noise = float(scheduler.add_noise(zero, one, t.reshape(1)))
+    if signal == 0 or noise == 0:
+        return -math.inf if signal == 0 else math.inf
+    return 2 * math.log(signal / noise)
+
+
+def _listed(values: Sequence[float]) -> str:
+    shown = ", ".join(f"{value:g}" for value in values[:5])
+    return shown + (f", ... ({len(values)} in all)" if len(values) > 5 else "")
+
+
+def _flags(c: Configuration) -> str:
+    return ", ".join(f"--{flag}" for flag in c.script_flags)
+
+
+def _flags_in(script_args: Sequence[str]) -> tuple[str, ...]:
+    given = {arg[2:].partition("=")[0].replace("-", "_") for arg in script_args if arg.startswith("--")}
+    return tuple(flag for flag in WEIGHT_FLAGS if flag in given)
+
+
+def _read(scheduler: Any) -> tuple[Schedule, str | None]:
+    """Return the schedule, from alphas_cumprod alone where the scheduler is refused for this reason."""
+    table = getattr(scheduler, "alphas_cumprod", scheduler)
+    try:
+        return as_schedule(scheduler), None
+    except TypeError as error:
+        if not isinstance(table, Tensor):
+            raise
+        refused: str | None = str(error)
+    betas = getattr(scheduler, "betas", None)
+    if table.dtype in (torch.float16, torch.bfloat16):
+        refused = None  # a finding of its own
+        if isinstance(betas, Tensor) and betas.dtype in (torch.float32, torch.float64):
+            table = alphas_cumprod_from_betas(betas)
+    prediction_type = getattr(getattr(scheduler, "config", None), "prediction_type", None)
+    return DiscreteSchedule(table.double(), prediction_type), refused
+
+
+def doctor(
+    scheduler: Any,
+    method: Method | None = None,
+    *,
+    prediction_type: str | None = None,
+    density: Density | str | None = None,
+    normalize: Normalize = None,
+    clamp_max: float | None = None,
+    batch_size: int | None = None,
+    accumulation: int = 1,
+    prior_preservation: bool = False,
+    sample_mask: bool = False,
+    script_args: Sequence[str] = (),
+    **hp: Any,
+) -> Diagnosis:
+    """Say what will go wrong in a configuration, how much, and the one change that mends it.
+
+    Args:
+        scheduler: the noise scheduler of the training, or whatever else ``as_schedule`` reads.
+        method: the weighting to be used; None for a script as it is.
+        prediction_type: as for ``loss_weight``.
+        density: as for ``loss_weight``.
+        normalize: as for ``loss_weight``.
+        clamp_max: as for ``loss_weight``.
+        batch_size: samples in a micro-batch.
+        accumulation: micro-batches in an optimizer step.
+        prior_preservation: whether the second half of each batch are class images.
+        sample_mask: whether ``attach`` is given one.
+        script_args: arguments of the training script, in which flags for a weight of its own are looked for.
+        **hp: hyperparameters of the method.
+
+    Returns:
+        A ``Diagnosis``: ``print`` it, or look at ``.findings``, ``.healthy``, ``.as_dict()``.
+
+    Raises:
+        ValueError: as ``loss_weight``.
+        TypeError: a scheduler that cannot be read, with the reason.
+
+    Example:
+        >>> diagnosis = doctor("linear", "min_snr", prediction_type="epsilon", script_args=["--snr_gamma", "5.0"])
+        >>> [finding.name for finding in diagnosis.findings]
+        ['second-weighting', 'non-monotone-objective']
+    """
+    schedule, refused = _read(scheduler)
+    weighting = get_weighting("native" if method is None else method, **hp)
+    configuration = Configuration(
+        source=scheduler,
+        schedule=schedule,
+        weighting=weighting,
+        curve=weighting.curve(
+            schedule, prediction_type=prediction_type, density=density, normalize=normalize, clamp_max=clamp_max
+        ),
+        density_given=density is not None,
+        normalize=normalize,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        prior_preservation=prior_preservation,
+        sample_mask=sample_mask,
+        script_flags=_flags_in(script_args),
+        refused=refused,
+    )
+    findings = [finding for check in CHECKS.values() for finding in check(configuration)]
+    findings.sort(key=lambda finding: ("error", "warning", "note").index(finding.severity))
+    return Diagnosis(tuple(findings), configuration)

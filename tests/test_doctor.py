@@ -1,0 +1,222 @@
+"""Every finding of the doctor, where it must be found and where it must not."""
+
+import json
+import math
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from diffusers import (
+    CogVideoXDPMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
+
+import snrweights
+from snrweights.cli import main
+from snrweights.doctor import CHECKS, WEIGHT_FLAGS, doctor
+from snrweights.plots import plot_diagnosis
+from snrweights.weightings.base import Weighting, hyper
+
+
+def find(name, *arguments, **options):
+    """The finding of this name, or None."""
+    found = [finding for finding in doctor(*arguments, **options).findings if finding.name == name]
+    assert len(found) <= 1
+    return found[0] if found else None
+
+
+def test_zero_terminal_snr_names_the_timesteps():
+    zero = DDPMScheduler(rescale_betas_zero_snr=True)
+    found = find("zero-terminal-snr", zero)
+    assert found.severity == "error"
+    assert found.figures["timesteps"][-1] == 999
+    assert "v_prediction" in found.remedy
+    assert find("zero-terminal-snr", zero, prediction_type="v_prediction") is None
+    assert find("zero-terminal-snr", DDPMScheduler()) is None
+    assert find("zero-terminal-snr", "flow") is None  # its velocity has a meaning there
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_table_in_half_precision_is_found_with_its_error(dtype):
+    scheduler = DDPMScheduler()
+    exact = scheduler.alphas_cumprod.double()
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(dtype)
+    rounded = scheduler.alphas_cumprod.double()
+    error = (rounded / (1 - rounded) * (1 - exact) / exact - 1).abs()
+    found = find("half-precision-table", scheduler)
+    assert found.severity == "error"
+    assert found.figures["infinite"] == int((~error.isfinite()).sum())
+    assert found.figures["largest_error_percent"] == pytest.approx(100 * float(error[error.isfinite()].max()), rel=1e-2)
+    assert found.figures["largest_error_percent"] > 5
+    assert find("half-precision-table", DDPMScheduler()) is None
+
+
+def test_a_bare_table_in_half_precision_is_found():
+    table = DDPMScheduler().alphas_cumprod
+    assert find("half-precision-table", table.bfloat16(), prediction_type="epsilon") is not None
+    assert find("half-precision-table", table, prediction_type="epsilon") is None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
+def test_a_table_that_noising_does_not_use_is_found():
+    solver = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    solver.set_timesteps(20)
+    found = find("table-is-not-what-noises", solver)
+    assert found.severity == "error"
+    assert found.figures["log_snr_difference"] > 0.5
+    for scheduler in (DDPMScheduler(), EulerDiscreteScheduler(), CogVideoXDPMScheduler()):
+        assert find("table-is-not-what-noises", scheduler) is None
+
+
+def test_a_table_that_was_replaced_is_found():
+    class Other(DDPMScheduler):
+        def add_noise(self, original_samples, noise, timesteps):
+            return original_samples * 0.5 + noise
+
+    assert find("table-is-not-what-noises", Other()) is not None
+
+
+def test_a_scheduler_that_is_refused_for_training_is_a_finding():
+    found = find("scheduler-cannot-train", DPMSolverMultistepScheduler())
+    assert "set_timesteps" in found.message
+    with pytest.raises(TypeError, match="Cannot read a noise schedule"):
+        doctor(snrweights.DiscreteSchedule)  # nothing to go by
+    assert find("scheduler-cannot-train", DDPMScheduler()) is None
+
+
+@pytest.mark.parametrize("flag", WEIGHT_FLAGS)
+@pytest.mark.parametrize("spelling", ["--{}", "--{}=5"])
+def test_a_second_weighting_by_the_script_is_found(flag, spelling):
+    arguments = ["--train_batch_size", "4", spelling.format(flag), "5"]
+    assert find("second-weighting", "linear", "min_snr", prediction_type="epsilon", script_args=arguments)
+    assert find("second-weighting", "linear", prediction_type="epsilon", script_args=arguments) is None
+    assert find("second-weighting", "linear", "min_snr", prediction_type="epsilon", script_args=["--lr=1"]) is None
+
+
+def test_a_flag_that_flow_ignores_is_found():
+    flow = FlowMatchEulerDiscreteScheduler()
+    assert find("flag-ignored-on-flow", flow, script_args=["--min_snr_gamma=5"]).severity == "error"
+    assert find("flag-ignored-on-flow", flow) is None
+    assert find("flag-ignored-on-flow", DDPMScheduler(), script_args=["--min_snr_gamma=5"]) is None
+
+
+def test_a_non_monotone_objective_has_its_negative_mass():
+    found = find("non-monotone-objective", "squaredcos_cap_v2", "min_snr", prediction_type="epsilon")
+    expected = snrweights.objective("squaredcos_cap_v2", "min_snr", prediction_type="epsilon").negative_mass
+    assert found.figures["negative_mass"] == expected > 0.01
+    assert found.severity == "note"
+    assert find("non-monotone-objective", "cosine", "sigmoid", prediction_type="epsilon", bias=0.0) is None
+
+
+def test_a_mean_weight_far_from_one_is_found():
+    found = find("loss-scale", "linear", "min_snr", prediction_type="v_prediction")
+    curve = snrweights.get_weighting("min_snr").curve("linear", prediction_type="v_prediction")
+    assert found.figures["mean_weight"] == pytest.approx(curve.mean())
+    assert "SGD" in found.message
+    assert find("loss-scale", "linear", "min_snr", prediction_type="v_prediction", normalize="mean") is None
+    assert find("loss-scale", "linear", "min_snr", prediction_type="epsilon") is None  # 0.91
+    assert find("loss-scale", "linear", prediction_type="v_prediction") is None
+
+
+def test_a_density_that_misses_the_objective_is_found():
+    found = find("density-does-not-cover", "flow", "elbo")
+    assert (found.severity, found.figures["effective_share"]) == ("error", 0.0)
+    narrow = snrweights.densities.log_normal_sigma(3.0, 0.8)
+    found = find("density-does-not-cover", "edm", "laplace", prediction_type="epsilon", density=narrow)
+    assert found.figures["effective_share"] < 0.1
+    assert find("density-does-not-cover", "cosine", "sigmoid", prediction_type="epsilon") is None
+    assert find("density-does-not-cover", "linear", "min_snr", prediction_type="epsilon") is None
+
+
+def test_prior_preservation_is_found():
+    options = {"prediction_type": "epsilon", "prior_preservation": True}
+    assert find("prior-preservation", "linear", "min_snr", **options).severity == "warning"
+    assert find("prior-preservation", "linear", script_args=["--snr_gamma=5"], **options).severity == "error"
+    assert find("prior-preservation", "linear", "min_snr", sample_mask=True, **options) is None
+    assert find("prior-preservation", "linear", "min_snr", prediction_type="epsilon") is None
+
+
+@dataclass(frozen=True)
+class Centred(Weighting):
+    scale: float = hyper(1.0)
+    name: ClassVar[str] = "centred"
+    target: ClassVar[str] = "epsilon"
+    formula: ClassVar[str] = "depends on the batch"
+    source: ClassVar[str] = "this test"
+    batch_dependent: ClassVar[bool] = True
+
+    def log_weight(self, log_snr):
+        return torch.zeros_like(log_snr)
+
+
+def test_micro_batches_matter_to_a_weight_of_the_batch():
+    options = {"prediction_type": "epsilon"}
+    assert find("micro-batches", "linear", Centred(), accumulation=8, batch_size=4, **options)
+    assert "no weight at all" in find("micro-batches", "linear", Centred(), batch_size=1, **options).message
+    assert find("micro-batches", "linear", Centred(), batch_size=8, **options) is None
+    assert find("micro-batches", "linear", "min_snr", accumulation=8, batch_size=1, **options) is None
+
+
+def test_a_shift_that_moves_the_objective_is_found_with_how_far():
+    found = find("shifted-objective", FlowMatchEulerDiscreteScheduler(shift=3.0))
+    assert found.figures["displacement"] == pytest.approx(-2 * math.log(3))
+    assert 0 < found.figures["overlap"] < 1
+    further = find("shifted-objective", FlowMatchEulerDiscreteScheduler(shift=9.0))
+    assert further.figures["overlap"] < found.figures["overlap"]
+    assert find("shifted-objective", FlowMatchEulerDiscreteScheduler()) is None
+    assert find("shifted-objective", FlowMatchEulerDiscreteScheduler(shift=3.0), density="logit_normal") is None
+    cosine = snrweights.CosineSchedule(resolution=256, t_min=0.01, t_max=0.99, prediction_type="v_prediction")
+    assert find("shifted-objective", cosine).figures["displacement"] == pytest.approx(2 * math.log(1 / 4))
+    assert find("shifted-objective", cosine, "sigmoid") is None  # w_KG / p: the shift cancels
+
+
+def test_findings_are_sorted_and_every_one_is_in_the_guide():
+    diagnosis = doctor(DDPMScheduler(rescale_betas_zero_snr=True), "min_snr", prior_preservation=True)
+    severities = [finding.severity for finding in diagnosis.findings]
+    assert severities == sorted(severities, key=["error", "warning", "note"].index)
+    assert not diagnosis.healthy
+    guide = (Path(__file__).parents[1] / "examples" / "guides" / "doctor.md").read_text()
+    assert set(re.findall(r"^### (.+)$", guide, re.MULTILINE)) == set(CHECKS)
+
+
+def test_a_plain_configuration_is_healthy():
+    diagnosis = doctor("linear", "ddpm", prediction_type="epsilon")
+    assert diagnosis.healthy
+    assert json.loads(json.dumps(diagnosis.as_dict(), allow_nan=False))["healthy"] is True
+
+
+def test_the_figure_has_the_configuration_and_the_three_beside_it():
+    ax = plot_diagnosis(doctor("scaled_linear", "min_snr", prediction_type="v_prediction")).axes[0]
+    assert next(text.get_text() for text in ax.get_legend().get_texts()) == "your configuration"
+    assert len(ax.lines) == 4
+    for line in ax.lines:
+        x, y = line.get_data()
+        assert float(y[abs(x).argmin()]) == pytest.approx(1)
+
+
+def test_the_command_prints_draws_and_exits_by_what_it_found(tmp_path, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        DDPMScheduler(rescale_betas_zero_snr=True).save_pretrained(tmp_path / "pipeline" / "scheduler")
+    figure = tmp_path / "objective.png"
+    arguments = ["doctor", "--scheduler", str(tmp_path / "pipeline"), "--method", "min_snr", "--set", "gamma=5"]
+    assert main([*arguments, "-o", str(figure)]) == 1
+    assert "zero-terminal-snr" in capsys.readouterr().out
+    assert figure.stat().st_size > 10_000
+    assert main([*arguments, "--prediction-type", "v_prediction", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["healthy"] is True
+    assert main(["doctor", "--scheduler", str(tmp_path / "pipeline" / "scheduler")]) == 1
+    assert main(["doctor", "--scheduler", "linear", "--prediction-type", "epsilon", "--script-args=--snr_gamma 5"]) == 0
+
+
+@pytest.mark.parametrize("name", ["no_such", "a/b/c", "."])
+def test_a_scheduler_that_is_not_there_is_said_so(name, capsys):
+    assert main(["doctor", "--scheduler", name]) == 2
+    assert "scheduler_config.json" in capsys.readouterr().err
