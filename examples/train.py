@@ -41,7 +41,7 @@ from tqdm.auto import tqdm
 
 import snrweights
 from snrweights import plots
-from snrweights.cli import parse_settings
+from snrweights.settings import parse_settings
 from snrweights.tracking import LossStatistics
 
 NOISE, VALIDATION, SAMPLES, MEASURE, SPLIT, DROPOUT = range(1, 7)  # streams of random numbers, beside the seed

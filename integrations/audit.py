@@ -26,6 +26,7 @@ from snrweights.schedules import Schedule
 _NOT_PARALLEL = 1e-4  # 1 - cosine between d(g u)/do and u, above which the loss is no weighted MSE
 _ENOUGH = 30  # draws, below which nothing is said of their density
 _WATCHED = 8  # outputs without a backward pass that are remembered
+_PATIENCE = 8  # passes for each step, after which an audit that reads nothing gives up
 
 
 class DoubleWeightingError(ValueError):
@@ -59,8 +60,10 @@ class AuditReport:
     not_read: list[str]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values, for JSON."""
-        return asdict(self)
+        """Return the fields as plain values, for JSON, which has no infinities: they are None."""
+        numbers = {"log_snr": self.log_snr, "weight": self.weight}
+        finite = {name: [v if math.isfinite(v) else None for v in values] for name, values in numbers.items()}
+        return asdict(self) | finite
 
     @property
     def description(self) -> str:
@@ -72,13 +75,14 @@ class AuditReport:
     def __str__(self) -> str:
         if not self.steps:
             return "audit: no loss was seen" + "".join(f"; {reason}" for reason in self.not_read)
-        target = {True: "as the prediction type says", False: "another than the prediction type says"}
+        answers = {True: "as the prediction type says", False: "another than the prediction type says"}
+        target = "cannot be told" if self.target_as_expected is None else answers[self.target_as_expected]
         levels = f"log-SNR {self.log_snr[0]:.2f} to {self.log_snr[-1]:.2f}"
         lines = [
             f"audit of {self.steps} steps, {len(self.weight)} samples, {levels}",
             f"  loss       {'a weighted MSE' if self.is_mse else 'not a weighted MSE'}",
             f"  weight     {self.description if self.is_mse else 'cannot be told'}",
-            f"  target     {target.get(self.target_as_expected, 'cannot be told')}",  # type: ignore[call-overload]
+            f"  target     {target}",
             f"  timesteps  {self.density or 'too few to tell their density, or none that is known'}",
         ]
         return "\n".join(lines + [f"  not read   {reason}" for reason in self.not_read])
@@ -104,7 +108,7 @@ class Audit:
 
     Args:
         steps: how many.
-        on_step: called after each.
+        on_step: called after each, and when it gives up.
     """
 
     def __init__(self, steps: int, on_step: Callable[[], None] | None = None) -> None:
@@ -113,7 +117,7 @@ class Audit:
         self.steps = steps
         self.measuring = False
         self._on_step = on_step
-        self._done = 0
+        self._done = self._passes = 0
         self._tolerance = 1e-3
         self._waiting: list[_Output] = []
         self._seen: list[dict[str, Tensor]] = []
@@ -158,15 +162,19 @@ class Audit:
             measured = [self._measure(roots, gradients, output) for output in self._waiting]
         finally:
             self.measuring = False
-        if all(samples is None for samples in measured):
-            return
+        reached = any(samples is not None for samples in measured)
         self._waiting = [output for output, samples in zip(self._waiting, measured, strict=True) if samples is None]
         self._seen += [samples for samples in measured if samples]
-        self._done += 1
-        if self._done == self.steps:
+        self._passes += 1
+        self._done += reached
+        if self._done == self.steps or self._passes == _PATIENCE * self.steps:
             self.stop()
-        if self._on_step is not None:
+        if self._on_step is not None and (reached or not self.active):
             self._on_step()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, in another process say, keeps what was seen and looks at no more."""
+        return vars(self) | {"_waiting": []}
 
     def _measure(
         self, roots: list[Tensor], gradients: list[Tensor | None] | None, output: _Output
@@ -322,15 +330,24 @@ def _distance(log_snr: Tensor, density: Density) -> float:
 
 _LISTENING: list[Audit] = []
 _backward = torch.autograd.backward
+_within = False
 
 
 def _listening_backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
-    """``torch.autograd.backward``, announced to the audits."""
+    """``torch.autograd.backward``, announced to the audits; not when checkpointing calls it within itself."""
+    global _within
+    if _within:
+        _backward(tensors, grad_tensors, *args, **kwargs)
+        return
     roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     gradients = [grad_tensors] if isinstance(grad_tensors, Tensor) else grad_tensors
     for audit in list(_LISTENING):
         audit.before_backward(roots, None if gradients is None else list(gradients))
-    _backward(tensors, grad_tensors, *args, **kwargs)
+    _within = True
+    try:
+        _backward(tensors, grad_tensors, *args, **kwargs)
+    finally:
+        _within = False
 
 
 def _wrap_backward() -> None:
@@ -345,7 +362,7 @@ def _unwrap_backward() -> None:
 def _obstacle(output: Tensor, roots: list[Tensor]) -> str | None:
     """Return why a loss must not be differentiated ahead of its backward pass, if so."""
     for hook in (output._backward_hooks or {}).values():
-        function = getattr(hook, "func", hook)
+        function: Any = getattr(hook, "func", hook)
         if not getattr(function, "__module__", "").startswith("snrweights."):
             return f"{getattr(function, '__module__', 'another library')} has a hook of its own on the output"
     waiting, met = [root.grad_fn for root in roots], set()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import math
 import os
 import runpy
 import sys
@@ -18,19 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from snrweights.integrations.diffusers import SAMPLE_MASKS, Attachment, attach, attachments
+from snrweights.integrations.attachment import ON_DOUBLE_WEIGHTING, Attachment, attachments
+from snrweights.integrations.diffusers import SAMPLE_MASKS, attach
 from snrweights.integrations.files import write_text
 from snrweights.integrations.noticing import Noticing
 from snrweights.integrations.timestep_adapters import adapter_of, position_of, refusal_of
 from torch import Tensor, nn
 
-from snrweights.cli import parse_settings
 from snrweights.densities import DENSITIES
 from snrweights.predictions import PREDICTION_TYPES
+from snrweights.settings import parse_settings
 from snrweights.version import __version__
 from snrweights.weightings.base import get_weighting
 
 NOT_WEIGHTED = 3  # exit code of a run in which nothing was weighted
+_PATIENCE = 10  # optimizer steps after which a run in which nothing is weighted is ended
 
 _TOKENS = "a cross entropy over masked tokens has no noise level"
 _AUTOENCODER = "an autoencoder has no noise level"
@@ -39,6 +42,7 @@ MEANINGLESS: dict[str, str] = {
     "*lcm*distill*": "consistency distillation compares two outputs, not an output and a target",
     "*train_cm_*": "consistency training has weights of its own on noise levels of its own",
     "*sana_sprint*": "it is trained as a consistency model and against a discriminator",
+    "*_lpl*": "its second loss, on decoded features, would be weighted too",
     "*_dpo*": _PAIRS,
     "*_orpo*": _PAIRS,
     "*amused*": _TOKENS,
@@ -50,25 +54,62 @@ MEANINGLESS: dict[str, str] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``launch``."""
-    parser.add_argument("--method", default="min_snr", help="a weighting's name, or none to run the script as it is")
-    parser.add_argument(
+    weight = parser.add_argument_group("the weight")
+    weight.add_argument("--method", default="min_snr", help="a weighting's name, or none (default: min_snr)")
+    weight.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="hyperparameter, repeatable: --set gamma=5"
     )
-    parser.add_argument(
-        "--prediction-type", choices=PREDICTION_TYPES, help="target of the loss (default: what the scheduler states)"
+    weight.add_argument(
+        "--prediction-type",
+        choices=PREDICTION_TYPES,
+        metavar="T",
+        help=f"target of the loss, one of {', '.join(PREDICTION_TYPES)} (default: what the scheduler states)",
     )
-    parser.add_argument("--density", choices=list(DENSITIES), help="of the timesteps drawn (default: uniform)")
-    parser.add_argument("--normalize", choices=["mean"], help="scale the weight to average 1")
-    parser.add_argument("--clamp-max", type=float, metavar="W", help="upper bound on the weight")
-    parser.add_argument(
+    weight.add_argument(
+        "--density",
+        choices=list(DENSITIES),
+        metavar="D",
+        help=f"of the timesteps drawn, one of {', '.join(DENSITIES)} (default: uniform)",
+    )
+    weight.add_argument("--normalize", choices=["mean"], help="scale the weight to average 1")
+    weight.add_argument("--clamp-max", type=float, metavar="W", help="upper bound on the weight")
+    weight.add_argument(
         "--sample-mask", choices=list(SAMPLE_MASKS), help="weigh these samples only (prior preservation)"
     )
-    parser.add_argument("--track", metavar="DIR", help="write the loss over log-SNR to DIR/tracker.safetensors")
-    parser.add_argument("--report", metavar="FILE", help="write what was weighted as JSON")
+    weight.add_argument(
+        "--on-double-weighting",
+        choices=ON_DOUBLE_WEIGHTING,
+        default="error",
+        help="when the script's own loss is weighted already (default: error)",
+    )
+    watch = parser.add_argument_group("what is written")
+    watch.add_argument("--track", metavar="DIR", help="the loss over log-SNR, to DIR/tracker.safetensors")
+    watch.add_argument("--report", metavar="FILE", help="what was weighted, as JSON")
+    watch.add_argument("--audit", type=int, metavar="N", help="backward passes in which the loss is audited")
     parser.add_argument("--force", action="store_true", help="run scripts in which a weight has no meaning, too")
+    add_script(parser)
+
+
+def add_script(parser: argparse.ArgumentParser) -> None:
+    """Declare the script and its arguments."""
     parser.add_argument("-m", dest="module", action="store_true", help="SCRIPT is a module's name, as for python -m")
-    parser.add_argument("script", metavar="SCRIPT", help="the training script")
-    parser.add_argument("args", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
+    parser.add_argument("command_line", nargs=argparse.REMAINDER, metavar="SCRIPT [ARGS...]", help="what to run")
+
+
+def split_command_line(arguments: argparse.Namespace) -> tuple[str, list[str]]:
+    """Return the script and its arguments.
+
+    Raises:
+        ValueError: no script was given.
+        FileNotFoundError: there is no such script.
+    """
+    words = arguments.command_line[arguments.command_line[:1] == ["--"] :]
+    if not words:
+        raise ValueError("give a SCRIPT to run.")
+    script, *rest = words
+    if not arguments.module and not Path(script).is_file():
+        raise FileNotFoundError(f"there is no script {script!r}.")
+    return script, rest
 
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
@@ -78,92 +119,135 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
         ValueError: a bad option, or a script in which a weight has no meaning.
         FileNotFoundError: there is no such script.
     """
+    script, rest = split_command_line(arguments)
     settings = parse_settings(arguments.set)
-    if arguments.method != "none":
+    if arguments.method == "none":
+        for name in ("set", "density", "normalize", "clamp_max", "sample_mask"):
+            if getattr(arguments, name):
+                raise ValueError(f"`--{name.replace('_', '-')}` goes with a method, and `--method` is none.")
+    else:
         get_weighting(arguments.method, **settings)
-        _refuse_meaningless(arguments)
-    elif settings:
-        raise ValueError(f"`--set {arguments.set[0]}` goes with a method, and `--method` is none.")
-    if not arguments.module and not Path(arguments.script).is_file():
-        raise FileNotFoundError(f"there is no script {arguments.script!r}.")
+        if arguments.clamp_max is not None and not 0 < arguments.clamp_max < math.inf:
+            raise ValueError(f"`--clamp-max` must be > 0, got {arguments.clamp_max}.")
+        _refuse_meaningless(script, arguments)
+    if arguments.audit is not None and arguments.audit < 1:
+        raise ValueError(f"`--audit` must be >= 1, got {arguments.audit}.")
     if arguments.track:
-        Path(arguments.track).mkdir(parents=True, exist_ok=True)
+        arguments.track = Path(arguments.track).resolve()  # the script may change the directory
+        arguments.track.mkdir(parents=True, exist_ok=True)
     if arguments.report:
-        Path(arguments.report).parent.mkdir(parents=True, exist_ok=True)
-    if arguments.method == "none" and not arguments.track and not arguments.report:
-        return lambda: _run_script(arguments)
-    return WeightedRun(arguments, settings)
+        arguments.report = Path(arguments.report).resolve()
+        arguments.report.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.method == "none" and not (arguments.track or arguments.report or arguments.audit):
+        return lambda: run_script(script, rest, arguments.module)
+    return WeightedRun(script, rest, arguments, settings)
 
 
-def _refuse_meaningless(arguments: argparse.Namespace) -> None:
-    name = arguments.script.rpartition(".")[2] if arguments.module else Path(arguments.script).name
+def _refuse_meaningless(script: str, arguments: argparse.Namespace) -> None:
+    name = script.rpartition(".")[2] if arguments.module else Path(script).name
     for pattern, reason in MEANINGLESS.items():
         if fnmatch.fnmatch(name.lower(), pattern) and not arguments.force:
             raise ValueError(f"a weight has no meaning in {name}: {reason}. `--force` runs it nevertheless.")
 
 
-def _run_script(arguments: argparse.Namespace) -> int:
-    sys.argv = [arguments.script, *arguments.args]
-    if arguments.module:
-        sys.path[0] = os.getcwd()
-        runpy.run_module(arguments.script, run_name="__main__", alter_sys=True)
-    else:
-        sys.path[0] = str(Path(arguments.script).resolve().parent)
-        runpy.run_path(arguments.script, run_name="__main__")
+def run_script(script: str, rest: Sequence[str], module: bool) -> int:
+    """Run a script, or a module by its name, as Python would."""
+    argv, path = sys.argv, sys.path[:]
+    sys.argv = [script, *rest]
+    try:
+        if module:
+            sys.path[0] = os.getcwd()
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
+        else:
+            sys.path[0] = str(Path(script).resolve().parent)
+            runpy.run_path(os.path.abspath(script), run_name="__main__")
+    finally:
+        sys.argv, sys.path[:] = argv, path
     return 0
+
+
+class NothingWeighted(SystemExit):
+    """Ends a run in which nothing is weighted."""
+
+
+class _LossScale:
+    """What multiplies the loss before ``backward``, as the Accelerator has it."""
+
+    def __init__(self) -> None:
+        self.value: float | Tensor = 1.0
+
+    def __call__(self) -> float | Tensor:
+        return self.value
+
+    def note(self, accelerator: Any) -> None:
+        """Read it off, without waiting for the device."""
+        scale = torch.ones((), device=accelerator.device)
+        if accelerator.scaler is not None:
+            scale = accelerator.scaler.scale(scale)
+        self.value = scale / accelerator.gradient_accumulation_steps
 
 
 class WeightedRun:
     """A script's run during which its denoisers get ``attach``."""
 
-    def __init__(self, arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, script: str, rest: Sequence[str], arguments: argparse.Namespace, settings: dict[str, Any]
+    ) -> None:
+        self.script, self.rest = script, rest
         self.arguments = arguments
         self.method = None if arguments.method == "none" else arguments.method
         self.settings = settings
         self.attached: list[Attachment] = []
         self.passed_over: dict[str, str] = {}
-        self._loss_scale: float | Tensor = 1.0
+        self._steps = 0
+        self._loss_scale = _LossScale()
         self._rank = int(os.environ.get("RANK", "0"))
         self._world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        self._noticing = Noticing(self._on_model, self._on_backward if arguments.track else None)
+        self._noticing = Noticing(self._on_model, self._loss_scale.note if arguments.track else None)
 
     def __call__(self) -> int:
         """Run the script; return 0, or NOT_WEIGHTED if it ended well and nothing was weighted."""
+        from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+        patience = register_optimizer_step_pre_hook(self._on_optimizer_step)
         try:
             with self._noticing:
-                _run_script(self.arguments)
+                run_script(self.script, self.rest, self.arguments.module)
+        except NothingWeighted:
+            pass
         except SystemExit as stop:
             if stop.code not in (None, 0):
                 raise
         finally:
+            patience.remove()
             self._write()
         return self._verdict()
 
     def _on_model(self, model: nn.Module) -> None:
         name = type(model).__name__
-        if attachments(model):
-            self._pass_over(name, "the script has attached a weight itself")
-            if self.method is not None:
-                raise ValueError(
-                    f"{name} is weighted by the script itself, by {attachments(model)[0]!r}: run it without launch."
-                )
-            return
+        present = attachments(model)
+        if present:
+            if any(attachment.shares_with(own) for attachment in present for own in self.attached):
+                return  # a copy of a model that is weighted
+            raise ValueError(f"{name} is weighted by the script itself, by {present[0]!r}: run it without launch.")
+        adapter = adapter_of(model)
         reason = refusal_of(model)
-        if adapter_of(model) is None:
-            takes_time = position_of(model, "timestep") is not None
-            reason = reason or (
-                "how it takes its timestep is not known: put `snrweights.attach(..., timestep=...)` into the script"
-                if takes_time
-                else "it takes no timestep"
+        if adapter is None and reason is None:
+            reason = (
+                "it takes no timestep"
+                if position_of(model, "timestep") is None
+                else "how it takes its timestep is not known: put `snrweights.attach(..., timestep=...)` into it"
             )
         if reason is not None:
-            self._pass_over(name, reason)
+            self.passed_over[name] = reason
             return
         try:
             scheduler = self._noticing.schedulers.of_the_loop()
         except LookupError as error:
-            self._pass_over(name, str(error))
-            return
+            if adapter is None or not adapter.is_flow:
+                self.passed_over[name] = str(error)
+                return
+            scheduler = "flow"  # such a model takes the flow's own time, with or without a scheduler
         attachment = attach(
             model,
             scheduler,
@@ -174,21 +258,23 @@ class WeightedRun:
             clamp_max=self.arguments.clamp_max,
             sample_mask=self.arguments.sample_mask,
             track=bool(self.arguments.track),
-            loss_scale=lambda: self._loss_scale,
+            loss_scale=self._loss_scale,
+            audit=self.arguments.audit,
+            on_double_weighting=self.arguments.on_double_weighting,
             **self.settings,
         )
         self.attached.append(attachment)
         self._say(repr(attachment))
 
-    def _pass_over(self, name: str, reason: str) -> None:
-        self.passed_over[name] = reason
+    def _on_optimizer_step(self, *of: Any) -> None:
+        """End a run that trains unweighted before it has cost much."""
+        self._steps += 1
+        if self._steps == _PATIENCE and not self.arguments.force and self._unweighted:
+            raise NothingWeighted(NOT_WEIGHTED)
 
-    def _on_backward(self, accelerator: Any) -> None:
-        """Note what multiplies the loss, for the tracker; without waiting for the device."""
-        scale = torch.ones((), device=accelerator.device)
-        if accelerator.scaler is not None:
-            scale = accelerator.scaler.scale(scale)
-        self._loss_scale = scale / accelerator.gradient_accumulation_steps
+    @property
+    def _unweighted(self) -> bool:
+        return self.method is not None and not any(attachment.weighted for attachment in self.attached)
 
     def _say(self, text: str) -> None:
         if self._rank == 0:
@@ -198,28 +284,52 @@ class WeightedRun:
         if self.arguments.track:
             for i, attachment in enumerate(self.attached):
                 which = "".join(f"-{n}" for n in (i, self._rank) if n or self._world_size > 1)
-                attachment.tracker.save(Path(self.arguments.track) / f"tracker{which}.safetensors")  # type: ignore[union-attr]
+                attachment.tracker.save(self.arguments.track / f"tracker{which}.safetensors")  # type: ignore[union-attr]
         if self.arguments.report and self._rank == 0:
             report = {
                 "snrweights": __version__,
-                "script": [self.arguments.script, *self.arguments.args],
+                "script": [self.script, *without_secrets(self.rest)],
                 "attached": [attachment.report().as_dict() for attachment in self.attached],
                 "passed_over": self.passed_over,
             }
-            write_text(self.arguments.report, json.dumps(report, indent=2) + "\n")
+            write_text(self.arguments.report, json.dumps(report, indent=2, allow_nan=False) + "\n")
+        if self.arguments.audit:
+            for attachment in self.attached:
+                self._say(str(attachment.audit))
 
     def _verdict(self) -> int:
-        if self.method is None or any(attachment.weighted for attachment in self.attached):
+        if not self._unweighted:
             return 0
-        reasons = [attachment.report().reason for attachment in self.attached]
-        reasons += [f"{name}: {reason}" for name, reason in self.passed_over.items()]
-        self._say(
-            f"nothing was weighted. {'; '.join(map(str, reasons))}."
-            if reasons
-            else "nothing was weighted: no diffusers model was called with gradients. A model of another library is "
-            "weighted by `snrweights.attach(model, scheduler, ..., timestep=...)` in the script."
-        )
+        self.explain("nothing was weighted")
         return NOT_WEIGHTED
+
+    def explain(self, what: str) -> None:
+        """Say why no model got a weight."""
+        reasons = [str(attachment.report().reason) for attachment in self.attached]
+        reasons += [f"{name}: {reason}" for name, reason in self.passed_over.items()]
+        if not reasons:
+            reasons = [
+                "no diffusers model was called with gradients in this process. A model of another library takes "
+                "`snrweights.attach(model, scheduler, ..., timestep=...)` in the script; processes that the script "
+                "itself starts are not looked into, those of accelerate launch and torchrun are"
+            ]
+        self._say(f"{what}: {'; '.join(reasons)}.")
+
+
+def without_secrets(words: Sequence[str]) -> list[str]:
+    """Return arguments with the values of tokens, keys and passwords left out.
+
+    Example:
+        >>> without_secrets(["--hub_token", "hf_x", "--lr=1", "--api-key=y"])
+        ['--hub_token', '...', '--lr=1', '--api-key=...']
+    """
+    shown, hide = [], False
+    for word in words:
+        flag, equals, _ = word.partition("=")
+        secret = word.startswith("-") and any(part in flag.lower() for part in ("token", "key", "password", "secret"))
+        shown.append(f"{flag}=..." if secret and equals else "..." if hide and not word.startswith("-") else word)
+        hide = secret and not equals
+    return shown
 
 
 def main(argv: Sequence[str] | None = None) -> int:

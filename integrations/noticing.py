@@ -17,9 +17,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from snrweights.integrations.timestep_adapters import adapter_of, refusal_of
 from torch import nn
 
-from snrweights.losses import same_state, state_of
 from snrweights.schedulers import as_schedule
 
 _MISSING = object()
@@ -58,8 +58,10 @@ class AfterImport(importlib.abc.MetaPathFinder):
         if fullname != self.name or self._looking:
             return None
         self._looking = True  # so that the look-up below passes us by
-        spec = importlib.util.find_spec(fullname)
-        self._looking = False
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._looking = False
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 
@@ -82,36 +84,43 @@ class Schedulers:
 
     def __init__(self) -> None:
         self._made: list[weakref.ref[Any]] = []
-        self._noising: Any = None
+        self._noising: list[Any] = []
 
     def made(self, scheduler: Any) -> None:
         """Take note of a scheduler; doing so twice is no error."""
+        self._made = [known for known in self._made if known() is not None]
         if all(known() is not scheduler for known in self._made):
             self._made.append(weakref.ref(scheduler))
 
     def noised(self, scheduler: Any) -> None:
         """Take note that a training loop called ``add_noise`` or the like; pipelines do so without gradients."""
-        if torch.is_grad_enabled():
-            self._noising = scheduler
+        if torch.is_grad_enabled() and all(known is not scheduler for known in self._noising):
+            self._noising.append(scheduler)
 
     def of_the_loop(self) -> Any:
-        """Return the scheduler that training noises with: the last that did, or the only one there is.
+        """Return the scheduler that training noises with, or if none does the only one there is.
 
         Raises:
-            LookupError: there is none, or there are several and none has noised anything.
+            LookupError: there is none, or there are several that differ.
         """
-        if self._noising is not None:
-            return self._noising
         alive = [scheduler for known in self._made if (scheduler := known()) is not None]
-        usable = [scheduler for scheduler in alive if _readable(scheduler)]
-        distinct = [s for i, s in enumerate(usable) if not any(_alike(s, other) for other in usable[:i])]
+        candidates = self._noising or [scheduler for scheduler in alive if _readable(scheduler)]
+        distinct = [s for i, s in enumerate(candidates) if not any(_alike(s, other) for other in candidates[:i])]
         if len(distinct) == 1:
-            return distinct[0]
-        names = [type(scheduler).__name__ for scheduler in (distinct or alive)]
+            return candidates[-1]
+        if not distinct:
+            raise LookupError(
+                f"the script made no noise scheduler that can be read{_named(alive)}; put `snrweights.attach(model, "
+                f"schedule, ...)` into it"
+            )
         raise LookupError(
-            f"the script made no single noise scheduler that can be read, but {names}, and none has noised anything; "
-            f"put `snrweights.attach(model, scheduler, ...)` into it instead"
+            f"the script made several noise schedulers{_named(distinct)}; put `snrweights.attach(model, scheduler, "
+            "...)` into it with the right one"
         )
+
+
+def _named(schedulers: list[Any]) -> str:
+    return f": {', '.join(type(scheduler).__name__ for scheduler in schedulers)}" if schedulers else ""
 
 
 def _readable(scheduler: Any) -> bool:
@@ -123,7 +132,12 @@ def _readable(scheduler: Any) -> bool:
 
 
 def _alike(one: Any, other: Any) -> bool:
-    return type(one) is type(other) and same_state((None, *state_of(one)[1:]), (None, *state_of(other)[1:]))
+    """Whether two schedulers are the same one, or of the same class with the same config."""
+
+    def settings(scheduler: Any) -> dict[str, Any]:
+        return {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
+
+    return one is other or (type(one) is type(other) and settings(one) == settings(other))
 
 
 class Noticing:
@@ -224,7 +238,8 @@ class Noticing:
         """A diffusers model is called, outside of any compiled graph."""
         if model not in self._walked:
             self._walked.add(model)
-            self._nested.update(inner for inner in _models_in(model) if inner is not model)
+            if adapter_of(model) is not None or refusal_of(model) is not None:  # else it may only wrap a denoiser
+                self._nested.update(inner for inner in _models_in(model) if inner is not model)
         if torch.is_grad_enabled() and model not in self._announced and model not in self._nested:
             self._announced.add(model)
             self._on_model(model)

@@ -6,6 +6,7 @@ served, and so are the classes that FSDP derives.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from snrweights.schedules import Schedule, exact_dtype
+from snrweights.schedules import FlowSchedule, Schedule, exact_dtype
 
 Meaning = Callable[[Tensor, Schedule, nn.Module, Any], Tensor]
 
@@ -56,6 +57,18 @@ def _steps(schedule: Schedule) -> int:
     return int(steps)
 
 
+def as_it_is(schedule: Schedule) -> Schedule:
+    """The schedule that the scheduler has."""
+    return schedule
+
+
+def mirrored(schedule: Schedule) -> Schedule:
+    """Lumina2's scripts take the scheduler's sigma for the share of the data: shift k draws noise as 1 / k would."""
+    if isinstance(schedule, FlowSchedule):
+        return dataclasses.replace(schedule, shift=1 / schedule.shift, s_min=0.0)
+    return schedule
+
+
 @dataclass(frozen=True)
 class Adapter:
     """Where a model takes its timestep and what that means.
@@ -63,12 +76,19 @@ class Adapter:
     Attributes:
         argument: name of the argument.
         meaning: from it to the timestep as the schedule counts it.
+        schedule: from the scheduler's schedule to the one that is trained on.
         per_sample_list: whether the output is a list with one tensor a sample.
     """
 
     argument: str = "timestep"
     meaning: Meaning = same
+    schedule: Callable[[Schedule], Schedule] = as_it_is
     per_sample_list: bool = False
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether the model takes a flow's time in [0, 1], whatever the scheduler."""
+        return self.meaning in (unit, reversed_unit)
 
 
 _PLAIN = Adapter()
@@ -112,7 +132,7 @@ ADAPTERS: dict[str, Adapter] = {
     "ChromaTransformer2DModel": _UNIT,
     "AuraFlowTransformer2DModel": _UNIT,
     # flow, 1 - sigma
-    "Lumina2Transformer2DModel": _REVERSED,
+    "Lumina2Transformer2DModel": Adapter(meaning=reversed_unit, schedule=mirrored),
     "LuminaNextDiT2DModel": _REVERSED,
     "Ideogram4Transformer2DModel": _REVERSED,
     "ZImageTransformer2DModel": Adapter("t", reversed_unit, per_sample_list=True),
@@ -122,6 +142,7 @@ _TOKENS = "it predicts tokens under a cross entropy: there is no noise level"
 _RESIDUALS = "it returns residuals for another model: attach to the denoiser that it steers, frozen or not"
 _AUTOENCODER = "it is an autoencoder: there is no noise level"
 _PER_FRAME = "its noise level differs between frames: give `timestep=`, from the call's arguments to one t a sample"
+_SIGMA = "its time embedding is of sigma: give `timestep=`, a function from the call's arguments to the scheduler's t"
 _TWO_TIMES = "it learns a map between two times, not a denoising target"
 
 REFUSED: dict[str, str] = {
@@ -157,6 +178,8 @@ def refusal_of(model: nn.Module) -> str | None:
     names = classes_of(model)
     if any("ControlNet" in name or name == "T2IAdapter" for name in names) and adapter_of(model) is None:
         return _RESIDUALS
+    if getattr(getattr(model, "config", None), "time_embedding_type", None) == "fourier":
+        return _SIGMA
     return next((REFUSED[name] for name in names if name in REFUSED), None)
 
 

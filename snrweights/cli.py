@@ -12,27 +12,9 @@ from snrweights.densities import DENSITIES
 from snrweights.doctor import doctor
 from snrweights.predictions import PREDICTION_TYPES
 from snrweights.schedulers import schedule_names
+from snrweights.settings import parse_settings
 from snrweights.version import __version__
 from snrweights.weightings.base import Weighting, get_weighting
-
-
-def parse_settings(settings: Sequence[str]) -> dict[str, float | str]:
-    """Turn ``["gamma=5", "coords=ve"]`` into hyperparameters.
-
-    Example:
-        >>> parse_settings(["gamma=5", "coords=ve"])
-        {'gamma': 5.0, 'coords': 've'}
-    """
-    values: dict[str, float | str] = {}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals or not name or not text:
-            raise ValueError(f"`--set` takes NAME=VALUE, got {setting!r}.")
-        try:
-            values[name] = float(text)
-        except ValueError:
-            values[name] = text
-    return values
 
 
 def _labelled(specification: str) -> tuple[str, Weighting]:
@@ -79,12 +61,6 @@ def _doctor(arguments: argparse.Namespace) -> Callable[[], int]:
     return lambda: 0 if diagnosis.healthy else 1
 
 
-def _launch(arguments: argparse.Namespace) -> Callable[[], int]:
-    from snrweights.integrations.launch import prepare
-
-    return prepare(arguments)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="snrweights", description="Loss weights over the noise level for diffusion training."
@@ -127,20 +103,28 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("-o", "--output", metavar="FILE", help="draw what the configuration optimises")
     check.set_defaults(run=_doctor)
 
-    from snrweights.integrations.launch import add_arguments
+    from snrweights.integrations import audit_run, launch
 
-    launch = commands.add_parser("launch", help="run an unmodified training script with a weighting")
-    add_arguments(launch)
-    launch.set_defaults(run=_launch)
+    for name, module, summary in (
+        ("audit", audit_run, "run a training script for a few steps and say what its loss weighs"),
+        ("launch", launch, "run an unmodified training script with a weighting"),
+    ):
+        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        module.add_arguments(command)
+        command.set_defaults(run=module.prepare)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code."""
+    """Run the command; return its exit code.
+
+    A command does its work, or checks its arguments and returns the rest of its work: the errors of a script that it
+    runs are the script's own.
+    """
     arguments = _parser().parse_args(argv)
     try:
-        go_on = arguments.run(arguments)
+        rest = arguments.run(arguments)
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         print(f"snrweights {arguments.command}: {error}", file=sys.stderr)
         return 2
-    return go_on() if go_on is not None else 0  # a script's own errors are its own
+    return rest() if rest is not None else 0

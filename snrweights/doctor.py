@@ -273,10 +273,10 @@ def _density_does_not_cover(c: Configuration) -> Iterator[Finding]:
     if not c.weighted:
         return
 
-    def weight(log_snr: Tensor) -> Tensor:  # on v, whose error is of one size at every noise level
-        return c.curve.log_weight(log_snr, "v_prediction").exp()
+    def moment(power: int) -> float:  # of the weight on v, whose error is of one size at every noise level
+        return mean_under(c.curve.density, lambda log_snr: (power * c.curve.log_weight(log_snr, "v_prediction")).exp())
 
-    mean, square = (mean_under(c.curve.density, lambda log_snr, k=k: weight(log_snr) ** k) for k in (1, 2))
+    mean, square = moment(1), moment(2)
     share = mean**2 / square if 0 < square < math.inf and math.isfinite(mean) else 0.0
     if share < 0.1:
         yield Finding(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,6 +132,27 @@ def plot_diagnosis(diagnosis: Diagnosis) -> Figure:
     ax.set_xlim(-12, 12)
     _finish(ax, "what your configuration optimises", "objective w_KG (1 at log-SNR 0)")
     ax.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def plot_measured_weight(log_snr: Sequence[float], weight: Sequence[float], title: str) -> Figure:
+    """Draw weights as an audit measured them, one point a sample, scaled to a median of 1.
+
+    Example:
+        >>> len(plot_measured_weight([0.0, 1.0], [2.0, 1.0], "halved").axes)
+        1
+    """
+    figure = _figure(1)
+    ax = figure.subplots()
+    values = torch.tensor(weight, dtype=torch.float64)
+    usable = values.isfinite() & (values > 0)
+    ax.plot(
+        torch.tensor(log_snr)[usable], values[usable] / values[usable].median(), "o", ms=4, color=_COLOURS[0], alpha=0.6
+    )
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    ax.set_ylim(min(low, 0.1), max(high, 10))  # a constant looks like one
+    _finish(ax, textwrap.fill(title, 60), "weight on the model's output (median 1)")
     return figure
 
 

@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from snrweights import __version__, list_weightings
-from snrweights.cli import main, parse_settings
+from snrweights.cli import main
 from snrweights.report import methods_table
+from snrweights.settings import parse_settings
 
 
 def run(capsys, *arguments):

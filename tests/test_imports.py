@@ -12,7 +12,7 @@ PACKAGE = Path(snrweights.__file__).parent
 
 # a module imports from lower floors only; a new module must be given one
 FLOORS = [
-    {"schedules", "predictions", "version"},
+    {"schedules", "predictions", "settings", "version"},
     {"schedulers", "densities", "tracking", "process"},
     {"drawn"},
     {"weightings.base"},

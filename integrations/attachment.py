@@ -1,0 +1,321 @@
+"""What ``attach`` puts on a denoiser: the hooks, the tracker and the audit, and how they are taken off."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from snrweights.integrations.audit import Audit, AuditReport, DoubleWeightingError
+from snrweights.integrations.denoisers import TimestepReader, check_timesteps, prediction_in, with_prediction
+from snrweights.integrations.live_weighting import LiveWeighting
+from torch import Tensor, nn
+
+from snrweights.tracking import LossVarianceTracker
+
+SampleMask = Callable[[int], Tensor]
+LossScale = float | Callable[[], float | Tensor]
+OnDoubleWeighting = Literal["error", "warn", "ignore"]
+ON_DOUBLE_WEIGHTING: tuple[OnDoubleWeighting, ...] = ("error", "warn", "ignore")
+
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, Attachment] = weakref.WeakKeyDictionary()
+
+
+class Attachment:
+    """What ``attach`` returns; see there.
+
+    Attributes:
+        tracker: the ``LossVarianceTracker``, or None without ``track``.
+        weighted: whether an output with gradients was weighted (with method None: seen) so far.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        live: LiveWeighting,
+        timesteps: TimestepReader,
+        per_sample_list: bool,
+        mask: SampleMask | None,
+        tracker: LossVarianceTracker | None,
+        loss_scale: LossScale,
+        audit: int,
+        on_double_weighting: OnDoubleWeighting,
+    ) -> None:
+        self.tracker = tracker
+        self.weighted = False
+        self._name = name
+        self._live = live
+        self._timesteps = timesteps
+        self._per_sample_list = per_sample_list
+        self._mask = mask
+        self._loss_scale = loss_scale
+        self._on_double_weighting = on_double_weighting
+        self._audit = Audit(audit, self._judge) if audit else None
+        self._checked = self._called_without_grad = self._called_frozen = False
+        self._handle: Any = None
+
+    def hook_onto(self, model: nn.Module) -> None:
+        """Start."""
+        self._handle = model.register_forward_hook(self._weigh, with_kwargs=True)
+        _ATTACHED[model] = self
+
+    def __repr__(self) -> str:
+        extras = (", part of each batch" if self._mask else "") + (", tracked" if self.tracker else "")
+        return f"<{'attached' if self.attached else 'detached'} {self._name}: {self._live!r}{extras}>"
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.detach()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
+        """A copy of the model goes on with the same scheduler and tracker, and a hook of its own."""
+        memo[id(self)] = clone = copy.copy(self)
+        clone._handle = copy.deepcopy(self._handle, memo)
+        return clone
+
+    @property
+    def attached(self) -> bool:
+        """Whether the hook is on."""
+        return self._handle is not None
+
+    def shares_with(self, other: Attachment) -> bool:
+        """Whether one is a copy of the other, made with the model."""
+        return self._live is other._live
+
+    @property
+    def audit(self) -> AuditReport | None:
+        """What the script's own loss turned out to be so far, or None without an audit."""
+        output_type = self._live.output_type
+        if self._audit is None or output_type is None:
+            return None
+        bound = self._live.bound
+        return self._audit.report(
+            self._live.schedule, output_type, bound.curve.prediction_type if bound else output_type
+        )
+
+    @property
+    def auditing(self) -> bool:
+        """Whether the audit goes on."""
+        return self._audit is not None and self._audit.active
+
+    def detach(self) -> None:
+        """Take the hook off; nothing of it remains on the model. Doing so twice is no error."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        if self._audit is not None:
+            self._audit.stop()
+
+    def report(self) -> Report:
+        """Return what was weighted, how, and the tracked loss over log-SNR."""
+        bound = self._live.bound
+        statistics = None
+        if self.tracker is not None:
+            computed = self.tracker.compute()
+            columns = {name: getattr(computed, name).tolist() for name in ("edges", "count", "mean", "variance")}
+            statistics = {name: [None if v != v else v for v in column] for name, column in columns.items()}  # no NaN
+        return Report(
+            model=self._name,
+            scheduler=self._live.scheduler_name,
+            method=repr(self._live.weighting) if bound else "none",
+            prediction_type=bound.curve.prediction_type if bound else None,
+            normalize=self._live.options["normalize"],
+            density=str(self._live.options["density"] or "uniform over the scheduler's timesteps"),
+            mean_weight=bound.curve.mean() if bound else 1.0,
+            weighted=self.weighted,
+            reason=None if self.weighted else self._reason(),
+            loss=statistics,
+            audit=self.audit,
+        )
+
+    def _reason(self) -> str:
+        if self._called_frozen:
+            return f"no output of {self._name} depended on anything that is trained"
+        if self._called_without_grad:
+            return f"{self._name} was called without gradients only"
+        return f"{self._name} was not called, or only inside a larger module that was compiled before"
+
+    def _weigh(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The forward hook. It stores flags without reading them, which torch.compile takes without recompiling."""
+        if not torch.is_grad_enabled():
+            self._called_without_grad = True
+            return None
+        prediction = prediction_in(output, self._per_sample_list)
+        samples = [prediction] if isinstance(prediction, Tensor) else prediction
+        if not samples[0].requires_grad:
+            self._called_frozen = True
+            return None
+        eager = not torch.compiler.is_compiling()
+        if eager:
+            self._live.refresh()
+            if isinstance(prediction, Tensor) and prediction._is_view():
+                # an in-place operation on a view takes it out of the graph, and a hook with it
+                samples = [prediction.clone()]
+                output = with_prediction(output, samples[0])
+        rows, device = len(prediction), samples[0].device
+        t = self._timesteps(model, args, kwargs, self._live.schedule, rows, device)
+        log_snr = self._live.schedule.log_snr(t).expand(rows)
+        if eager:
+            self._look(samples, t, log_snr, args[0] if args else None)
+        call = _Call(self._weights(t, rows), log_snr, self._selected(rows, device), rows)
+        for i, sample in enumerate(samples):
+            part = call if isinstance(prediction, Tensor) else call.of(i)
+            sample.register_hook(functools.partial(self._pass_on, part))
+        self.weighted = True
+        return output
+
+    def _look(self, samples: list[Tensor], t: Tensor, log_snr: Tensor, noisy: Any) -> None:
+        """Check the first timesteps; hand outputs to the audit. Both wait for the device, and both come to an end."""
+        if not self._checked:
+            check_timesteps(t, self._live.schedule)
+            self._checked = True
+        output_type = self._live.output_type
+        if self._audit is None or not self._audit.active or output_type is None:
+            return
+        rows = len(log_snr)
+        for i, sample in enumerate(samples):
+            part, given = (log_snr, noisy) if len(samples) == 1 else (log_snr[i : i + 1], None)
+            self._audit.watch(sample, part, rows, given, self._live.schedule, output_type)
+
+    def _weights(self, t: Tensor, rows: int) -> Tensor | None:
+        if self._live.bound is None:
+            return None
+        weights = self._live.bound(t)
+        selected = self._selected(rows, t.device)
+        return weights if selected is None else torch.where(selected, weights, 1.0)
+
+    def _selected(self, rows: int, device: torch.device) -> Tensor | None:
+        if self._mask is None:
+            return None
+        mask = self._mask(rows).to(device)
+        if mask.shape != (rows,) or mask.dtype != torch.bool:
+            raise ValueError(
+                f"`sample_mask` must return a bool tensor of shape ({rows},), got {tuple(mask.shape)} {mask.dtype}."
+            )
+        return mask
+
+    def _pass_on(self, call: _Call, gradient: Tensor) -> Tensor:
+        """The hook on the output's gradient."""
+        if self._audit is not None and self._audit.measuring:
+            return gradient
+        if self.tracker is not None:
+            self._record(call, gradient)
+        return gradient if call.weights is None else _scaled(gradient, call.weights)
+
+    @torch.no_grad()
+    def _record(self, call: _Call, gradient: Tensor) -> None:
+        scale = self._loss_scale() if callable(self._loss_scale) else self._loss_scale
+        samples = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).reshape(len(call.log_snr), -1)
+        elements = (samples != 0).any(0).sum()  # what a script slices off has no gradient in any sample
+        mse = samples.square().sum(1) * elements * (call.mean_over() / (2 * scale)) ** 2
+        self.tracker.update(mse, call.log_snr)  # type: ignore[union-attr]
+
+    def _judge(self) -> None:
+        """Called after each step of the audit: a weight of the script's own on top of ours."""
+        report = self.audit
+        if report is None or self._live.bound is None or self._on_double_weighting == "ignore":
+            return
+        if report.is_mse and not report.constant:
+            text = (
+                f"The script's loss is weighted already: {report.description}, seen on {len(report.weight)} samples. "
+                f"{self._live!r} would multiply that. Drop one of the two; if the loss is the plain MSE of another "
+                f"target, say so with `prediction_type=`; or give `on_double_weighting='ignore'`."
+            )
+            self._audit.stop()  # type: ignore[union-attr]
+            if self._on_double_weighting == "error":
+                raise DoubleWeightingError(text)
+            warnings.warn(text, stacklevel=2)
+        elif not report.steps and not self._audit.active:  # type: ignore[union-attr]
+            reasons = "; ".join(report.not_read) or "none of its outputs was seen in a backward pass"
+            warnings.warn(f"Could not look whether {self._name}'s loss is weighted already: {reasons}.", stacklevel=2)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the gradient hook needs of one call of the model.
+
+    ``weights`` is (rows,), or () for all alike and for one sample of a list; ``log_snr`` and ``selected`` likewise
+    are (rows,) or (1,).
+    """
+
+    weights: Tensor | None
+    log_snr: Tensor
+    selected: Tensor | None
+    rows: int
+    index: int | None = None
+
+    def of(self, i: int) -> _Call:
+        """The part for sample i of a list."""
+        weights = self.weights if self.weights is None or self.weights.ndim == 0 else self.weights[i]
+        return _Call(weights, self.log_snr[i : i + 1], self.selected, self.rows, i)
+
+    def mean_over(self) -> float | Tensor:
+        """Over how many samples the loss is a mean: the batch, or the part of it that a sample is in."""
+        if self.selected is None:
+            return self.rows
+        chosen = self.selected.sum()
+        sizes = torch.where(self.selected, chosen, self.rows - chosen)
+        return sizes if self.index is None else sizes[self.index]
+
+
+def _scaled(gradient: Tensor, weights: Tensor) -> Tensor:
+    weights = weights.reshape(weights.shape + (1,) * (gradient.ndim - weights.ndim))
+    return (gradient * weights).to(gradient.dtype)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an attachment did.
+
+    Attributes:
+        model: class of the denoiser.
+        scheduler: class of the scheduler.
+        method: the weighting with its hyperparameters, or "none".
+        prediction_type: the target on whose MSE the weight is.
+        normalize: as given.
+        density: which the mean weight is under.
+        mean_weight: by which a loss that does not depend on t is scaled.
+        weighted: whether anything was weighted.
+        reason: why not, if not.
+        loss: the tracker's edges, count, mean and variance per bin of log-SNR, if tracked; None in empty bins.
+        audit: what the script's own loss turned out to be, if looked at.
+    """
+
+    model: str
+    scheduler: str
+    method: str
+    prediction_type: str | None
+    normalize: str | None
+    density: str
+    mean_weight: float
+    weighted: bool
+    reason: str | None
+    loss: dict[str, list[Any]] | None
+    audit: AuditReport | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values, for JSON."""
+        return vars(self) | {"audit": None if self.audit is None else self.audit.as_dict()}
+
+
+def attachments(model: nn.Module) -> list[Attachment]:
+    """Return what is attached to this very module."""
+    owners = (getattr(hook, "__self__", None) for hook in model._forward_hooks.values())
+    return [owner for owner in owners if isinstance(owner, Attachment)]
+
+
+def attachments_around(model: nn.Module) -> Iterator[Attachment]:
+    """Yield what is attached to a module, to one inside it or to one around it."""
+    for inner in model.modules():
+        yield from attachments(inner)
+    for other, attachment in list(_ATTACHED.items()):
+        if attachment.attached and any(inner is model for inner in other.modules()):
+            yield attachment
