@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from snrweights.integrations.denoisers import TimestepReader, check_timesteps, p
 from snrweights.integrations.live_weighting import LiveWeighting
 from torch import Tensor, nn
 
+from snrweights.schedules import Schedule
 from snrweights.tracking import LossVarianceTracker
 
 SampleMask = Callable[[int], Tensor]
@@ -56,7 +58,7 @@ class Attachment:
         self._mask = mask
         self._loss_scale = loss_scale
         self._on_double_weighting = on_double_weighting
-        self._audit = Audit(audit, self._judge) if audit else None
+        self._audit = Audit(audit, self._audited, self._judge) if audit and live.output_type else None
         self._checked = self._called_without_grad = self._called_frozen = False
         self._handle: Any = None
 
@@ -93,13 +95,13 @@ class Attachment:
     @property
     def audit(self) -> AuditReport | None:
         """What the script's own loss turned out to be so far, or None without an audit."""
-        output_type = self._live.output_type
-        if self._audit is None or output_type is None:
+        if self._audit is None:
             return None
-        bound = self._live.bound
-        return self._audit.report(
-            self._live.schedule, output_type, bound.curve.prediction_type if bound else output_type
-        )
+        return self._audit.report(self._live.bound.curve.prediction_type if self._live.bound else None)
+
+    def _audited(self) -> tuple[Schedule, str]:
+        self._live.refresh()
+        return self._live.schedule, self._live.output_type  # type: ignore[return-value]
 
     @property
     def auditing(self) -> bool:
@@ -128,7 +130,7 @@ class Attachment:
             method=repr(self._live.weighting) if bound else "none",
             prediction_type=bound.curve.prediction_type if bound else None,
             normalize=self._live.options["normalize"],
-            density=str(self._live.options["density"] or "uniform over the scheduler's timesteps"),
+            density=self._live.density_name,
             mean_weight=bound.curve.mean() if bound else 1.0,
             weighted=self.weighted,
             reason=None if self.weighted else self._reason(),
@@ -154,69 +156,70 @@ class Attachment:
             self._called_frozen = True
             return None
         eager = not torch.compiler.is_compiling()
+        if eager and isinstance(prediction, Tensor) and prediction._is_view():
+            # an in-place operation on a view takes it out of the graph, and a hook with it
+            samples = [prediction.clone()]
+            output = with_prediction(output, samples[0])
+        self._live.refresh()
+        rows = len(prediction)
+        t = self._timesteps(model, args, kwargs, self._live.schedule, rows, samples[0].device)
         if eager:
-            self._live.refresh()
-            if isinstance(prediction, Tensor) and prediction._is_view():
-                # an in-place operation on a view takes it out of the graph, and a hook with it
-                samples = [prediction.clone()]
-                output = with_prediction(output, samples[0])
-        rows, device = len(prediction), samples[0].device
-        t = self._timesteps(model, args, kwargs, self._live.schedule, rows, device)
-        log_snr = self._live.schedule.log_snr(t).expand(rows)
-        if eager:
-            self._look(samples, t, log_snr, args[0] if args else None)
-        call = _Call(self._weights(t, rows), log_snr, self._selected(rows, device), rows)
+            self._look(samples, t, rows, args[0] if args else kwargs.get("hidden_states", kwargs.get("sample")))
         for i, sample in enumerate(samples):
-            part = call if isinstance(prediction, Tensor) else call.of(i)
-            sample.register_hook(functools.partial(self._pass_on, part))
+            call = _Call(t, rows) if isinstance(prediction, Tensor) else _Call(t, rows, i)
+            sample.register_hook(functools.partial(self._pass_on, call))
         self.weighted = True
         return output
 
-    def _look(self, samples: list[Tensor], t: Tensor, log_snr: Tensor, noisy: Any) -> None:
+    def _look(self, samples: list[Tensor], t: Tensor, rows: int, noisy: Any) -> None:
         """Check the first timesteps; hand outputs to the audit. Both wait for the device, and both come to an end."""
         if not self._checked:
             check_timesteps(t, self._live.schedule)
             self._checked = True
-        output_type = self._live.output_type
-        if self._audit is None or not self._audit.active or output_type is None:
+        if self._audit is None or not self._audit.active:
             return
-        rows = len(log_snr)
+        log_snr = self._live.schedule.log_snr(t).expand(rows)
+        if len(samples) == 1:
+            self._audit.watch(samples[0], log_snr, rows, noisy)
+            return
         for i, sample in enumerate(samples):
-            part, given = (log_snr, noisy) if len(samples) == 1 else (log_snr[i : i + 1], None)
-            self._audit.watch(sample, part, rows, given, self._live.schedule, output_type)
+            self._audit.watch(sample, log_snr[i : i + 1], rows, None)
 
-    def _weights(self, t: Tensor, rows: int) -> Tensor | None:
+    def _pass_on(self, call: _Call, gradient: Tensor) -> Tensor:
+        """The hook on the output's gradient. The scheduler counts as it is now: scripts set it after the forward."""
+        if self._audit is not None and self._audit.measuring:
+            return gradient
+        if not torch.compiler.is_compiling():
+            self._live.refresh()
+        if self.tracker is not None:
+            self._record(call, gradient)
         if self._live.bound is None:
-            return None
-        weights = self._live.bound(t)
-        selected = self._selected(rows, t.device)
-        return weights if selected is None else torch.where(selected, weights, 1.0)
+            return gradient
+        weights = self._live.bound(call.t)
+        if self._mask is not None:
+            weights = torch.where(self._selected(call.rows, call.t.device), weights, 1.0)
+        return _scaled(gradient, call.part(weights))
 
-    def _selected(self, rows: int, device: torch.device) -> Tensor | None:
-        if self._mask is None:
-            return None
-        mask = self._mask(rows).to(device)
+    def _selected(self, rows: int, device: torch.device) -> Tensor:
+        mask = self._mask(rows).to(device)  # type: ignore[misc]
         if mask.shape != (rows,) or mask.dtype != torch.bool:
             raise ValueError(
                 f"`sample_mask` must return a bool tensor of shape ({rows},), got {tuple(mask.shape)} {mask.dtype}."
             )
         return mask
 
-    def _pass_on(self, call: _Call, gradient: Tensor) -> Tensor:
-        """The hook on the output's gradient."""
-        if self._audit is not None and self._audit.measuring:
-            return gradient
-        if self.tracker is not None:
-            self._record(call, gradient)
-        return gradient if call.weights is None else _scaled(gradient, call.weights)
-
     @torch.no_grad()
     def _record(self, call: _Call, gradient: Tensor) -> None:
+        log_snr = call.part(self._live.schedule.log_snr(call.t).expand(call.rows)).reshape(-1).contiguous()
         scale = self._loss_scale() if callable(self._loss_scale) else self._loss_scale
-        samples = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).reshape(len(call.log_snr), -1)
+        samples = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).reshape(len(log_snr), -1)
         elements = (samples != 0).any(0).sum()  # what a script slices off has no gradient in any sample
-        mse = samples.square().sum(1) * elements * (call.mean_over() / (2 * scale)) ** 2
-        self.tracker.update(mse, call.log_snr)  # type: ignore[union-attr]
+        mean_over: float | Tensor = call.rows
+        if self._mask is not None:  # each part has a mean of its own
+            selected = self._selected(call.rows, gradient.device)
+            mean_over = call.part(torch.where(selected, selected.sum(), call.rows - selected.sum()))
+        mse = samples.square().sum(1) * elements * (mean_over / (2 * scale)) ** 2
+        self.tracker.update(mse, log_snr)  # type: ignore[union-attr]
 
     def _judge(self) -> None:
         """Called after each step of the audit: a weight of the script's own on top of ours."""
@@ -240,30 +243,15 @@ class Attachment:
 
 @dataclass(frozen=True)
 class _Call:
-    """What the gradient hook needs of one call of the model.
+    """What the gradient hook needs of a call of the model: t, (rows,) or (), and which sample of a list it is for."""
 
-    ``weights`` is (rows,), or () for all alike and for one sample of a list; ``log_snr`` and ``selected`` likewise
-    are (rows,) or (1,).
-    """
-
-    weights: Tensor | None
-    log_snr: Tensor
-    selected: Tensor | None
+    t: Tensor
     rows: int
     index: int | None = None
 
-    def of(self, i: int) -> _Call:
-        """The part for sample i of a list."""
-        weights = self.weights if self.weights is None or self.weights.ndim == 0 else self.weights[i]
-        return _Call(weights, self.log_snr[i : i + 1], self.selected, self.rows, i)
-
-    def mean_over(self) -> float | Tensor:
-        """Over how many samples the loss is a mean: the batch, or the part of it that a sample is in."""
-        if self.selected is None:
-            return self.rows
-        chosen = self.selected.sum()
-        sizes = torch.where(self.selected, chosen, self.rows - chosen)
-        return sizes if self.index is None else sizes[self.index]
+    def part(self, values: Tensor) -> Tensor:
+        """What of values, (rows,) or (), belongs to the gradient: all, or those of one sample."""
+        return values if self.index is None or values.ndim == 0 else values[self.index]
 
 
 def _scaled(gradient: Tensor, weights: Tensor) -> Tensor:
@@ -302,8 +290,9 @@ class Report:
     audit: AuditReport | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values, for JSON."""
-        return vars(self) | {"audit": None if self.audit is None else self.audit.as_dict()}
+        """Return the fields as plain values, for JSON; an infinite mean weight is None."""
+        mean_weight = self.mean_weight if math.isfinite(self.mean_weight) else None
+        return vars(self) | {"mean_weight": mean_weight, "audit": None if self.audit is None else self.audit.as_dict()}
 
 
 def attachments(model: nn.Module) -> list[Attachment]:

@@ -99,8 +99,6 @@ class _Output:
     log_snr: Tensor
     batch: int
     noisy: Tensor | None
-    schedule: Schedule
-    output_type: str
 
 
 class Audit:
@@ -108,14 +106,18 @@ class Audit:
 
     Args:
         steps: how many.
+        of: returns the schedule and the prediction type of the model's output; asked just before a backward pass.
         on_step: called after each, and when it gives up.
     """
 
-    def __init__(self, steps: int, on_step: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, steps: int, of: Callable[[], tuple[Schedule, str]], on_step: Callable[[], None] | None = None
+    ) -> None:
         if steps < 1:
             raise ValueError(f"`audit` must be >= 1, got {steps!r}.")
         self.steps = steps
         self.measuring = False
+        self._of = of
         self._on_step = on_step
         self._done = self._passes = 0
         self._tolerance = 1e-3
@@ -138,9 +140,7 @@ class Audit:
         if not _LISTENING:
             _unwrap_backward()
 
-    def watch(
-        self, prediction: Tensor, log_snr: Tensor, batch: int, noisy: Any, schedule: Schedule, output_type: str
-    ) -> None:
+    def watch(self, prediction: Tensor, log_snr: Tensor, batch: int, noisy: Any) -> None:
         """Take note of an output with gradients.
 
         Args:
@@ -148,11 +148,9 @@ class Audit:
             log_snr: (B,), or (1,).
             batch: number of samples in the call.
             noisy: the model's input.
-            schedule: of the timesteps.
-            output_type: prediction type of the model's output.
         """
         noisy = noisy.detach() if isinstance(noisy, Tensor) else None
-        output = _Output(prediction, log_snr.detach(), batch, noisy, schedule, output_type)
+        output = _Output(prediction, log_snr.detach(), batch, noisy)
         self._waiting = [*self._waiting[1 - max(_WATCHED, batch) :], output]
 
     def before_backward(self, roots: list[Tensor], gradients: list[Tensor | None] | None) -> None:
@@ -167,7 +165,7 @@ class Audit:
         self._seen += [samples for samples in measured if samples]
         self._passes += 1
         self._done += reached
-        if self._done == self.steps or self._passes == _PATIENCE * self.steps:
+        if self._done >= self.steps or self._passes == _PATIENCE * self.steps:
             self.stop()
         if self._on_step is not None and (reached or not self.active):
             self._on_step()
@@ -197,17 +195,13 @@ class Audit:
             return {}
         self._tolerance = max(self._tolerance, 8 * torch.finfo(o.dtype).eps)
         hu = torch.zeros_like(u) if hu is None else hu
-        return _read(output, *(part.detach().double().reshape(len(output.log_snr), -1) for part in (o, g, u, hu)))
+        parts = (part.detach().double().reshape(len(output.log_snr), -1) for part in (o, g, u, hu))
+        return _read(output, self._of(), *parts)
 
-    def report(self, schedule: Schedule, output_type: str, declared: str | None = None) -> AuditReport:
-        """Sum up what was seen.
-
-        Args:
-            schedule: of the timesteps.
-            output_type: prediction type of the model's output.
-            declared: the target on whose MSE the loss is said to be, if that is another.
-        """
+    def report(self, declared: str | None = None) -> AuditReport:
+        """Sum up what was seen; ``declared`` is the target on whose MSE the loss is said to be, if it is another."""
         samples = [samples for samples in self._seen if samples]
+        schedule, output_type = self._of()
         if not samples:
             return AuditReport(0, [], [], False, False, [], None, None, self._not_read)
         seen = {name: torch.cat([part[name] for part in samples]) for name in samples[0]}
@@ -240,7 +234,7 @@ def _signs(like: Tensor) -> Tensor:
     return torch.randint(0, 2, like.shape, generator=generator, device=like.device).to(like.dtype) * 2 - 1
 
 
-def _read(output: _Output, o: Tensor, g: Tensor, u: Tensor, hu: Tensor) -> dict[str, Tensor]:
+def _read(output: _Output, of: tuple[Schedule, str], o: Tensor, g: Tensor, u: Tensor, hu: Tensor) -> dict[str, Tensor]:
     """Return the weight of each sample and what else is told by o, g, u and Hu, all (n, D)."""
     elements = u.abs().sum(1)
     along = (hu * u).sum(1)
@@ -254,19 +248,19 @@ def _read(output: _Output, o: Tensor, g: Tensor, u: Tensor, hu: Tensor) -> dict[
         "off": torch.where(hu.norm(dim=1) == 0, math.inf, off),
         "half": (place >= output.batch // 2).long(),
         "elements": elements,
-        "noise_variance": _noise_variance(output, target),
+        "noise_variance": _noise_variance(output, target, *of),
     }
     return {name: value.cpu() for name, value in samples.items()}
 
 
-def _noise_variance(output: _Output, target: Tensor) -> Tensor:
+def _noise_variance(output: _Output, target: Tensor, schedule: Schedule, output_type: str) -> Tensor:
     """Return the variance of the noise that target and input imply, (n, 3), for each scale the input may have.
 
     From ``y = a x0 + b n`` and ``x = alpha x0 + sigma n``: n = (a x - alpha y) / (a sigma - b alpha), which is
     normal if the loss is on the target that the prediction type names. NaN where there is no such input.
     """
-    log_snr, schedule, n = output.log_snr.double(), output.schedule, len(target)
-    a, b = target_coefficients(output.output_type, log_snr, schedule.sigma_data)
+    log_snr, n = output.log_snr.double(), len(target)
+    a, b = target_coefficients(output_type, log_snr, schedule.sigma_data)
     noisy = output.noisy
     if noisy is None or len(noisy) != n or noisy[0].numel() > target.shape[1]:
         noisy = torch.full((n, 1), math.nan)

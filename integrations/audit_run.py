@@ -11,7 +11,8 @@ from typing import Any
 
 from snrweights.integrations.diffusers import AUDIT_STEPS
 from snrweights.integrations.files import write_text
-from snrweights.integrations.launch import WeightedRun, add_script, split_command_line
+from snrweights.integrations.launch import WeightedRun
+from snrweights.integrations.script import add_script, split_command_line
 
 from snrweights import plots
 from snrweights.predictions import PREDICTION_TYPES
@@ -77,5 +78,6 @@ class AuditRun(WeightedRun):
         if self.attached and not any(attachment.auditing for attachment in self.attached):
             raise _Audited(0)
 
-    def _write(self) -> None:
+    def _write(self) -> bool:
         """Nothing but the audit is written, at the end."""
+        return True

@@ -88,6 +88,8 @@ class TimestepReader:
             given = self._given(args, kwargs)
             sample = args[0] if args else kwargs.get("hidden_states")
             t = self._adapter.meaning(torch.as_tensor(given, device=device), schedule, model, sample)
+        if not t.is_floating_point() and t.dtype not in (torch.int32, torch.int64):
+            t = t.long()
         if t.numel() == 1:
             return t.reshape(())
         if t.numel() != rows:
@@ -98,11 +100,12 @@ class TimestepReader:
         return t.reshape(rows)
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._adapter.argument in kwargs:
-            return kwargs[self._adapter.argument]
-        if self._position is None or self._position >= len(args):
+        given = kwargs.get(self._adapter.argument)
+        if given is None and self._position is not None and self._position < len(args):
+            given = args[self._position]
+        if given is None:
             raise ValueError(f"{self._model} was called without `{self._adapter.argument}`.")
-        return args[self._position]
+        return given
 
 
 def check_timesteps(t: Tensor, schedule: Schedule) -> None:

@@ -66,8 +66,9 @@ def attach(
 
     With ``loss = mean_i l_i`` over the samples, the parameters get the gradient of ``mean_i w(t_i) l_i``, for any
     per-sample l_i (MSE, Huber, L1). Forward values do not change; calls without gradients are left alone. The
-    scheduler is read at every step, so that a table or prediction type that the script changes counts at once; in a
-    compiled model it is read when that is traced.
+    scheduler is read at every step, when the gradient arrives, so that a table or prediction type that the script
+    changes counts at once. A compiled model is traced again when the prediction type has changed, in time for the next
+    forward pass, and does not see a new table.
 
     Args:
         model: the denoiser that the loop calls, before or after ``accelerator.prepare``, ``torch.compile`` or PEFT's
@@ -117,6 +118,9 @@ def attach(
     target = denoiser_in(model)
     for present in attachments_around(target):
         raise ValueError(f"`model` is weighted already, by {present!r}; detach() that first.")
+    if method is None and (hp or density or normalize or clamp_max is not None):
+        given = [*hp, *(name for name, value in (("density", density), ("normalize", normalize)) if value)]
+        raise ValueError(f"{given or ['clamp_max']} go with a method, and `method` is None.")
     adapter = choose_adapter(target, timestep, force)
     live = LiveWeighting(
         scheduler,

@@ -12,17 +12,18 @@ import fnmatch
 import json
 import math
 import os
-import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from snrweights.integrations.attachment import ON_DOUBLE_WEIGHTING, Attachment, attachments
 from snrweights.integrations.diffusers import SAMPLE_MASKS, attach
 from snrweights.integrations.files import write_text
 from snrweights.integrations.noticing import Noticing
+from snrweights.integrations.script import add_script, run_script, split_command_line, without_secrets
 from snrweights.integrations.timestep_adapters import adapter_of, position_of, refusal_of
 from torch import Tensor, nn
 
@@ -90,28 +91,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_script(parser)
 
 
-def add_script(parser: argparse.ArgumentParser) -> None:
-    """Declare the script and its arguments."""
-    parser.add_argument("-m", dest="module", action="store_true", help="SCRIPT is a module's name, as for python -m")
-    parser.add_argument("command_line", nargs=argparse.REMAINDER, metavar="SCRIPT [ARGS...]", help="what to run")
-
-
-def split_command_line(arguments: argparse.Namespace) -> tuple[str, list[str]]:
-    """Return the script and its arguments.
-
-    Raises:
-        ValueError: no script was given.
-        FileNotFoundError: there is no such script.
-    """
-    words = arguments.command_line[arguments.command_line[:1] == ["--"] :]
-    if not words:
-        raise ValueError("give a SCRIPT to run.")
-    script, *rest = words
-    if not arguments.module and not Path(script).is_file():
-        raise FileNotFoundError(f"there is no script {script!r}.")
-    return script, rest
-
-
 def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
     """Check the options; return what runs the script and returns an exit code.
 
@@ -148,22 +127,6 @@ def _refuse_meaningless(script: str, arguments: argparse.Namespace) -> None:
     for pattern, reason in MEANINGLESS.items():
         if fnmatch.fnmatch(name.lower(), pattern) and not arguments.force:
             raise ValueError(f"a weight has no meaning in {name}: {reason}. `--force` runs it nevertheless.")
-
-
-def run_script(script: str, rest: Sequence[str], module: bool) -> int:
-    """Run a script, or a module by its name, as Python would."""
-    argv, path = sys.argv, sys.path[:]
-    sys.argv = [script, *rest]
-    try:
-        if module:
-            sys.path[0] = os.getcwd()
-            runpy.run_module(script, run_name="__main__", alter_sys=True)
-        else:
-            sys.path[0] = str(Path(script).resolve().parent)
-            runpy.run_path(os.path.abspath(script), run_name="__main__")
-    finally:
-        sys.argv, sys.path[:] = argv, path
-    return 0
 
 
 class NothingWeighted(SystemExit):
@@ -220,8 +183,8 @@ class WeightedRun:
                 raise
         finally:
             patience.remove()
-            self._write()
-        return self._verdict()
+            written = self._write()
+        return self._verdict() if written else 1
 
     def _on_model(self, model: nn.Module) -> None:
         name = type(model).__name__
@@ -280,7 +243,16 @@ class WeightedRun:
         if self._rank == 0:
             print(f"snrweights: {text}", file=sys.stderr, flush=True)
 
-    def _write(self) -> None:
+    def _write(self) -> bool:
+        """Write what was asked for; return whether that went well, and leave a script's own error to be seen."""
+        try:
+            self._write_files()
+        except (OSError, SafetensorError) as error:
+            self._say(f"could not write: {error}")
+            return False
+        return True
+
+    def _write_files(self) -> None:
         if self.arguments.track:
             for i, attachment in enumerate(self.attached):
                 which = "".join(f"-{n}" for n in (i, self._rank) if n or self._world_size > 1)
@@ -314,22 +286,6 @@ class WeightedRun:
                 "itself starts are not looked into, those of accelerate launch and torchrun are"
             ]
         self._say(f"{what}: {'; '.join(reasons)}.")
-
-
-def without_secrets(words: Sequence[str]) -> list[str]:
-    """Return arguments with the values of tokens, keys and passwords left out.
-
-    Example:
-        >>> without_secrets(["--hub_token", "hf_x", "--lr=1", "--api-key=y"])
-        ['--hub_token', '...', '--lr=1', '--api-key=...']
-    """
-    shown, hide = [], False
-    for word in words:
-        flag, equals, _ = word.partition("=")
-        secret = word.startswith("-") and any(part in flag.lower() for part in ("token", "key", "password", "secret"))
-        shown.append(f"{flag}=..." if secret and equals else "..." if hide and not word.startswith("-") else word)
-        hide = secret and not equals
-    return shown
 
 
 def main(argv: Sequence[str] | None = None) -> int:

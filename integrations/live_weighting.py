@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from snrweights.losses import same_state, state_of
 from snrweights.schedulers import as_schedule
-from snrweights.schedules import Schedule
+from snrweights.schedules import EDMSchedule, Schedule
 from snrweights.weightings.base import BoundWeighting, Weighting
 
 
@@ -32,6 +35,13 @@ class LiveWeighting:
         self._seen_by_model = seen_by_model
         self._state = state_of(scheduler)
         self._bind()
+        self._key = id(self)
+        _LIVE[self._key] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._key = id(self)
+        _LIVE[self._key] = self
 
     def _bind(self) -> None:
         self.schedule = self._seen_by_model(as_schedule(self.scheduler))
@@ -39,7 +49,17 @@ class LiveWeighting:
         self.bound: BoundWeighting | None = weighting.bind(self.schedule, **self.options) if weighting else None
 
     def refresh(self) -> None:
-        """Bind again if the scheduler's table or config is another than before."""
+        """Bind again if the scheduler's table or config is another than before.
+
+        A compiled graph does so when it is traced, and is traced again when the prediction type has changed.
+        """
+        if torch.compiler.is_compiling():
+            config = getattr(self.scheduler, "config", None)
+            _refresh_while_tracing(self._key, getattr(config, "prediction_type", None))
+        else:
+            self._refresh()
+
+    def _refresh(self) -> None:
         state = state_of(self.scheduler)
         if not same_state(self._state, state):
             self._state = state
@@ -49,6 +69,14 @@ class LiveWeighting:
     def output_type(self) -> str | None:
         """The prediction type of the model's output: what the scheduler states, else what was given."""
         return self.schedule.prediction_type or self.options["prediction_type"]
+
+    @property
+    def density_name(self) -> str:
+        """The density that means are under, in words."""
+        given = self.options["density"]
+        if given is None and not isinstance(self.schedule, EDMSchedule):
+            return "uniform over the scheduler's timesteps"
+        return str(given if given is not None or self.bound is None else self.bound.curve.density)
 
     @property
     def scheduler_name(self) -> str:
@@ -66,3 +94,14 @@ class LiveWeighting:
         return (
             f"{self.weighting!r} on the MSE of {self.bound.curve.prediction_type!r}{options}, on {self.scheduler_name}"
         )
+
+
+_LIVE: weakref.WeakValueDictionary[int, LiveWeighting] = weakref.WeakValueDictionary()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _refresh_while_tracing(key: int, prediction_type: str | None) -> bool:
+    """Refresh outside of the graph; the arguments are what the graph is guarded by."""
+    del prediction_type
+    _LIVE[key]._refresh()
+    return True
