@@ -25,6 +25,19 @@ LossScale = float | Callable[[], float | Tensor]
 OnDoubleWeighting = Literal["error", "warn", "ignore"]
 ON_DOUBLE_WEIGHTING: tuple[OnDoubleWeighting, ...] = ("error", "warn", "ignore")
 
+
+def first_half(batch_size: int) -> Tensor:
+    """Select the first half of a batch: the instance images of a prior-preservation batch.
+
+    Example:
+        >>> first_half(4)
+        tensor([ True,  True, False, False])
+    """
+    return torch.arange(batch_size) < batch_size // 2
+
+
+SAMPLE_MASKS: dict[str, SampleMask] = {"first_half": first_half}
+
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, Attachment] = weakref.WeakKeyDictionary()
 
 
@@ -58,7 +71,7 @@ class Attachment:
         self._mask = mask
         self._loss_scale = loss_scale
         self._on_double_weighting = on_double_weighting
-        self._audit = Audit(audit, self._audited, self._judge) if audit and live.output_type else None
+        self._audit = Audit(audit, self) if audit and live.output_type else None
         self._checked = self._called_without_grad = self._called_frozen = False
         self._handle: Any = None
 
@@ -99,7 +112,8 @@ class Attachment:
             return None
         return self._audit.report(self._live.bound.curve.prediction_type if self._live.bound else None)
 
-    def _audited(self) -> tuple[Schedule, str]:
+    def audited(self) -> tuple[Schedule, str]:
+        """Return the schedule and the prediction type of the model's output, as they are now."""
         self._live.refresh()
         return self._live.schedule, self._live.output_type  # type: ignore[return-value]
 
@@ -173,17 +187,19 @@ class Attachment:
 
     def _look(self, samples: list[Tensor], t: Tensor, rows: int, noisy: Any) -> None:
         """Check the first timesteps; hand outputs to the audit. Both wait for the device, and both come to an end."""
+        part = (self._mask or first_half)(rows)
         if not self._checked:
             check_timesteps(t, self._live.schedule)
+            _check_mask(part, rows)
             self._checked = True
         if self._audit is None or not self._audit.active:
             return
         log_snr = self._live.schedule.log_snr(t).expand(rows)
         if len(samples) == 1:
-            self._audit.watch(samples[0], log_snr, rows, noisy)
+            self._audit.watch(samples[0], log_snr, part, rows, noisy)
             return
         for i, sample in enumerate(samples):
-            self._audit.watch(sample, log_snr[i : i + 1], rows, None)
+            self._audit.watch(sample, log_snr[i : i + 1], part[i : i + 1], rows, None)
 
     def _pass_on(self, call: _Call, gradient: Tensor) -> Tensor:
         """The hook on the output's gradient. The scheduler counts as it is now: scripts set it after the forward."""
@@ -202,10 +218,7 @@ class Attachment:
 
     def _selected(self, rows: int, device: torch.device) -> Tensor:
         mask = self._mask(rows).to(device)  # type: ignore[misc]
-        if mask.shape != (rows,) or mask.dtype != torch.bool:
-            raise ValueError(
-                f"`sample_mask` must return a bool tensor of shape ({rows},), got {tuple(mask.shape)} {mask.dtype}."
-            )
+        _check_mask(mask, rows)
         return mask
 
     @torch.no_grad()
@@ -221,8 +234,8 @@ class Attachment:
         mse = samples.square().sum(1) * elements * (mean_over / (2 * scale)) ** 2
         self.tracker.update(mse, log_snr)  # type: ignore[union-attr]
 
-    def _judge(self) -> None:
-        """Called after each step of the audit: a weight of the script's own on top of ours."""
+    def judge(self) -> None:
+        """After a step of the audit: is there a weight of the script's own on top of ours?"""
         report = self.audit
         if report is None or self._live.bound is None or self._on_double_weighting == "ignore":
             return
@@ -252,6 +265,13 @@ class _Call:
     def part(self, values: Tensor) -> Tensor:
         """What of values, (rows,) or (), belongs to the gradient: all, or those of one sample."""
         return values if self.index is None or values.ndim == 0 else values[self.index]
+
+
+def _check_mask(mask: Tensor, rows: int) -> None:
+    if mask.shape != (rows,) or mask.dtype != torch.bool:
+        raise ValueError(
+            f"`sample_mask` must return a bool tensor of shape ({rows},), got {tuple(mask.shape)} {mask.dtype}."
+        )
 
 
 def _scaled(gradient: Tensor, weights: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ model's output o, which touches no parameter: with ``g = dL/do`` and a random si
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import weakref
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -42,7 +42,8 @@ class AuditReport:
         log_snr: (N,) of the samples, ascending.
         weight: (N,) on the MSE of the model's own output, times whatever scales the loss.
         is_mse: whether the loss is an MSE with one weight a sample.
-        constant: whether that weight is the same at every noise level, for each half of a batch at least.
+        constant: whether that weight is the same at every noise level, at least within each part of a batch: those of
+            ``sample_mask``, else the halves.
         known_as: the weightings that it equals, up to a factor, the simplest first.
         target_as_expected: whether the target is the one of the prediction type; None if that could not be told.
         density: which the timesteps follow; None if there were too few or none fits.
@@ -88,15 +89,33 @@ class AuditReport:
         return "\n".join(lines + [f"  not read   {reason}" for reason in self.not_read])
 
 
+class Subject(Protocol):
+    """Whom an audit is of.
+
+    Attributes:
+        weighted: whether its model was called with gradients.
+    """
+
+    weighted: bool
+
+    def audited(self) -> tuple[Schedule, str]:
+        """Return the schedule and the prediction type of the model's output, as they are just before a backward."""
+
+    def judge(self) -> None:
+        """Take note of a step of the audit, or of its end."""
+
+
 @dataclass(frozen=True)
 class _Output:
     """An output that is waiting for its backward pass, with what its model was given.
 
-    ``prediction`` holds ``len(log_snr)`` of the ``batch`` samples of a call: all, or one of a list.
+    ``prediction`` holds ``len(log_snr)`` of the ``batch`` samples of a call: all, or one of a list; ``part`` says in
+    which part of the batch they are.
     """
 
     prediction: Tensor
     log_snr: Tensor
+    part: Tensor
     batch: int
     noisy: Tensor | None
 
@@ -106,26 +125,22 @@ class Audit:
 
     Args:
         steps: how many.
-        of: returns the schedule and the prediction type of the model's output; asked just before a backward pass.
-        on_step: called after each, and when it gives up.
+        subject: what is audited; not kept alive by the audit.
     """
 
-    def __init__(
-        self, steps: int, of: Callable[[], tuple[Schedule, str]], on_step: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, steps: int, subject: Subject) -> None:
         if steps < 1:
             raise ValueError(f"`audit` must be >= 1, got {steps!r}.")
         self.steps = steps
         self.measuring = False
-        self._of = of
-        self._on_step = on_step
+        self._subject = subject
         self._done = self._passes = 0
         self._tolerance = 1e-3
         self._waiting: list[_Output] = []
         self._seen: list[dict[str, Tensor]] = []
         self._not_read: list[str] = []
-        _LISTENING.append(self)
-        _wrap_backward()
+        _LISTENING.add(self)
+        torch.autograd.backward = _listening_backward
 
     @property
     def active(self) -> bool:
@@ -135,22 +150,21 @@ class Audit:
     def stop(self) -> None:
         """Look at no more; ``torch.autograd.backward`` is its old self when no audit looks."""
         self._waiting = []
-        if self in _LISTENING:
-            _LISTENING.remove(self)
-        if not _LISTENING:
-            _unwrap_backward()
+        _LISTENING.discard(self)
+        _stop_listening_to_nobody()
 
-    def watch(self, prediction: Tensor, log_snr: Tensor, batch: int, noisy: Any) -> None:
+    def watch(self, prediction: Tensor, log_snr: Tensor, part: Tensor, batch: int, noisy: Any) -> None:
         """Take note of an output with gradients.
 
         Args:
             prediction: (B, ...), or a sample (...) of a list of ``batch``.
             log_snr: (B,), or (1,).
+            part: (B,) bool, or (1,): in which part of the batch, where a loss has a mean over each.
             batch: number of samples in the call.
             noisy: the model's input.
         """
         noisy = noisy.detach() if isinstance(noisy, Tensor) else None
-        output = _Output(prediction, log_snr.detach(), batch, noisy)
+        output = _Output(prediction, log_snr.detach(), part, batch, noisy)
         self._waiting = [*self._waiting[1 - max(_WATCHED, batch) :], output]
 
     def before_backward(self, roots: list[Tensor], gradients: list[Tensor | None] | None) -> None:
@@ -163,12 +177,12 @@ class Audit:
         reached = any(samples is not None for samples in measured)
         self._waiting = [output for output, samples in zip(self._waiting, measured, strict=True) if samples is None]
         self._seen += [samples for samples in measured if samples]
-        self._passes += 1
+        self._passes += self._subject.weighted  # its calls count, those of other models do not
         self._done += reached
         if self._done >= self.steps or self._passes == _PATIENCE * self.steps:
             self.stop()
-        if self._on_step is not None and (reached or not self.active):
-            self._on_step()
+        if reached or not self.active:
+            self._subject.judge()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, in another process say, keeps what was seen and looks at no more."""
@@ -189,24 +203,27 @@ class Audit:
                 if g is None:
                     return None
                 u = torch.where(g.detach() == 0, 0.0, _signs(g))
-                hu = torch.autograd.grad((g * u).sum(), [o], **kept)[0] if g.requires_grad else None
+                hu = torch.zeros_like(u)  # of a loss that is linear
+                if g.requires_grad:
+                    (hu,) = torch.autograd.grad((g * u).sum(), [o], **kept)
+                if hu is None:
+                    raise RuntimeError("the loss cannot be differentiated twice")
         except RuntimeError as error:
             self._not_read = sorted({*self._not_read, str(error).splitlines()[0]})
             return {}
         self._tolerance = max(self._tolerance, 8 * torch.finfo(o.dtype).eps)
-        hu = torch.zeros_like(u) if hu is None else hu
         parts = (part.detach().double().reshape(len(output.log_snr), -1) for part in (o, g, u, hu))
-        return _read(output, self._of(), *parts)
+        return _read(output, self._subject.audited(), *parts)
 
     def report(self, declared: str | None = None) -> AuditReport:
         """Sum up what was seen; ``declared`` is the target on whose MSE the loss is said to be, if it is another."""
         samples = [samples for samples in self._seen if samples]
-        schedule, output_type = self._of()
+        schedule, output_type = self._subject.audited()
         if not samples:
             return AuditReport(0, [], [], False, False, [], None, None, self._not_read)
         seen = {name: torch.cat([part[name] for part in samples]) for name in samples[0]}
         order = seen["log_snr"].argsort()
-        log_snr, weight, half = (seen[name][order] for name in ("log_snr", "weight", "half"))
+        log_snr, weight, part = (seen[name][order] for name in ("log_snr", "weight", "part"))
         is_mse = bool((seen["off"] <= max(_NOT_PARALLEL, self._tolerance)).all())
         on_declared = convert_log_weight(
             weight.log(), log_snr.clamp(-LIMIT, LIMIT), output_type, declared or output_type, schedule.sigma_data
@@ -220,7 +237,7 @@ class Audit:
             log_snr=log_snr.tolist(),
             weight=weight.tolist(),
             is_mse=is_mse,
-            constant=is_mse and any(_constant(values, half, self._tolerance) for values in (weight, on_declared)),
+            constant=is_mse and any(_constant(values, part, self._tolerance) for values in (weight, on_declared)),
             known_as=[str(match) for match in matches],
             target_as_expected=_noise_is_normal(seen["noise_variance"], seen["elements"]) if is_mse else None,
             density=density_of(log_snr, schedule),
@@ -241,12 +258,11 @@ def _read(output: _Output, of: tuple[Schedule, str], o: Tensor, g: Tensor, u: Te
     weight = along * output.batch / 2
     off = 1 - along / (hu.norm(dim=1) * u.norm(dim=1))
     target = o - g * (output.batch * elements / (2 * weight)).unsqueeze(1)
-    place = torch.arange(len(o)) if len(o) == output.batch else torch.zeros(len(o))
     samples = {
         "log_snr": output.log_snr.double(),
         "weight": weight,
         "off": torch.where(hu.norm(dim=1) == 0, math.inf, off),
-        "half": (place >= output.batch // 2).long(),
+        "part": output.part,
         "elements": elements,
         "noise_variance": _noise_variance(output, target, *of),
     }
@@ -286,9 +302,9 @@ def _noise_is_normal(variance: Tensor, elements: Tensor) -> bool | None:
     return bool((within.double().mean(0) >= 0.9).any())
 
 
-def _constant(weight: Tensor, half: Tensor, tolerance: float) -> bool:
-    """Whether a weight is the same for all, or for each half: prior preservation is a mean over either."""
-    parts = [weight[half == part] for part in (0, 1)]
+def _constant(weight: Tensor, part: Tensor, tolerance: float) -> bool:
+    """Whether a weight is the same for all, or in each part: prior preservation is a mean over either."""
+    parts = [weight[part], weight[~part]]
     return is_constant(weight, tolerance) or all(len(part) and is_constant(part, tolerance) for part in parts)
 
 
@@ -322,7 +338,7 @@ def _distance(log_snr: Tensor, density: Density) -> float:
     return float(torch.maximum((at - steps[:-1]).abs().max(), (at - steps[1:]).abs().max()))
 
 
-_LISTENING: list[Audit] = []
+_LISTENING: weakref.WeakSet[Audit] = weakref.WeakSet()
 _backward = torch.autograd.backward
 _within = False
 
@@ -337,6 +353,7 @@ def _listening_backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kw
     gradients = [grad_tensors] if isinstance(grad_tensors, Tensor) else grad_tensors
     for audit in list(_LISTENING):
         audit.before_backward(roots, None if gradients is None else list(gradients))
+    _stop_listening_to_nobody()  # their models may be gone
     _within = True
     try:
         _backward(tensors, grad_tensors, *args, **kwargs)
@@ -344,12 +361,8 @@ def _listening_backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kw
         _within = False
 
 
-def _wrap_backward() -> None:
-    torch.autograd.backward = _listening_backward
-
-
-def _unwrap_backward() -> None:
-    if torch.autograd.backward is _listening_backward:
+def _stop_listening_to_nobody() -> None:
+    if not _LISTENING and torch.autograd.backward is _listening_backward:
         torch.autograd.backward = _backward
 
 
@@ -357,8 +370,8 @@ def _obstacle(output: Tensor, roots: list[Tensor]) -> str | None:
     """Return why a loss must not be differentiated ahead of its backward pass, if so."""
     for hook in (output._backward_hooks or {}).values():
         function: Any = getattr(hook, "func", hook)
-        if not getattr(function, "__module__", "").startswith("snrweights."):
-            return f"{getattr(function, '__module__', 'another library')} has a hook of its own on the output"
+        if getattr(function, "__self__", None) is None or not hasattr(function.__self__, "auditing"):
+            return f"{getattr(function, '__module__', None) or 'another library'} has a hook of its own on the output"
     waiting, met = [root.grad_fn for root in roots], set()
     while waiting:
         node = waiting.pop()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from snrweights.integrations.attachment import (
     ON_DOUBLE_WEIGHTING,
+    SAMPLE_MASKS,
     Attachment,
     LossScale,
     OnDoubleWeighting,
@@ -20,7 +21,7 @@ from snrweights.integrations.attachment import (
 )
 from snrweights.integrations.denoisers import Timestep, TimestepReader, choose_adapter, denoiser_in
 from snrweights.integrations.live_weighting import LiveWeighting
-from torch import Tensor, nn
+from torch import nn
 
 from snrweights.densities import Density
 from snrweights.losses import Method
@@ -28,19 +29,6 @@ from snrweights.tracking import LossVarianceTracker
 from snrweights.weightings.base import Normalize, get_weighting
 
 AUDIT_STEPS = 8  # looked at for a second weight where no number is given
-
-
-def first_half(batch_size: int) -> Tensor:
-    """Select the first half of a batch: the instance images of a prior-preservation batch.
-
-    Example:
-        >>> first_half(4)
-        tensor([ True,  True, False, False])
-    """
-    return torch.arange(batch_size) < batch_size // 2
-
-
-SAMPLE_MASKS: dict[str, SampleMask] = {"first_half": first_half}
 
 
 def attach(

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from snrweights.integrations.attachment import ON_DOUBLE_WEIGHTING, Attachment, attachments
-from snrweights.integrations.diffusers import SAMPLE_MASKS, attach
+from snrweights.integrations.attachment import ON_DOUBLE_WEIGHTING, SAMPLE_MASKS, Attachment, attachments
+from snrweights.integrations.diffusers import attach
 from snrweights.integrations.files import write_text
 from snrweights.integrations.noticing import Noticing
 from snrweights.integrations.script import add_script, run_script, split_command_line, without_secrets
@@ -192,6 +192,9 @@ class WeightedRun:
         if present:
             if any(attachment.shares_with(own) for attachment in present for own in self.attached):
                 return  # a copy of a model that is weighted
+            self.passed_over[name] = "the script has attached a weight itself"
+            if self.method is None:
+                return
             raise ValueError(f"{name} is weighted by the script itself, by {present[0]!r}: run it without launch.")
         adapter = adapter_of(model)
         reason = refusal_of(model)

@@ -81,7 +81,7 @@ class LiveWeighting:
     @property
     def scheduler_name(self) -> str:
         """The scheduler's class, or what was given in its place."""
-        return repr(self.scheduler) if isinstance(self.scheduler, str) else type(self.scheduler).__name__
+        return self.scheduler if isinstance(self.scheduler, str) else type(self.scheduler).__name__
 
     def __repr__(self) -> str:
         if self.bound is None:

@@ -66,7 +66,7 @@ def run_script(script: str, rest: Sequence[str], module: bool) -> int:
             sys.path[0] = os.getcwd()
         runpy.run_module(script, run_name="__main__", alter_sys=True)
         return 0
-    path = os.path.abspath(script)
+    path = os.path.join(os.getcwd(), script)
     if add_folder:
         sys.path[0] = os.path.dirname(os.path.realpath(path))
     main = ModuleType("__main__")

@@ -1,5 +1,8 @@
 """Settings of the whole test run."""
 
+import sys
+
+import pytest
 import torch
 from hypothesis import settings
 
@@ -9,3 +12,12 @@ torch.set_num_threads(1)
 # the same examples in every run, and no complaint about a slow machine
 settings.register_profile("snrweights", derandomize=True, deadline=None, max_examples=200, database=None)
 settings.load_profile("snrweights")
+
+
+@pytest.fixture(autouse=True)
+def _no_audit_is_left():
+    """An attachment that a test leaves on a model must not listen to the backward passes of the next test."""
+    yield
+    audit = sys.modules.get("snrweights.integrations.audit")
+    for left in list(audit._LISTENING) if audit else ():
+        left.stop()
