@@ -1,5 +1,6 @@
 """Examples in docstrings and README run; every public name has one; tables are those of the registry."""
 
+import argparse
 import ast
 import doctest
 import importlib
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import snrweights.integrations
+from snrweights.integrations import launch
+from snrweights.integrations.timestep_adapters import ADAPTERS
 
 import snrweights
 from snrweights.report import methods_table
@@ -71,3 +74,12 @@ def test_the_training_guide_has_every_flag():
     guide = (ROOT / "examples" / "guides" / "training.md").read_text()
     missing = [name for name in names - sections if f"`--{name.replace('_', '-')}`" not in guide]
     assert missing == []
+
+
+def test_the_guide_to_scripts_has_every_model_and_every_option():
+    guide = (ROOT / "examples" / "guides" / "drop-in.md").read_text()
+    assert [name for name in ADAPTERS if f"`{name}`" not in guide] == []
+    parser = argparse.ArgumentParser()
+    launch.add_arguments(parser)
+    flags = {option for action in parser._actions for option in action.option_strings} - {"-h", "--help"}
+    assert sorted(flag for flag in flags if f"`{flag}" not in guide) == []

@@ -653,7 +653,7 @@ NOTHING = {
     ),
     "no scheduler": (
         "small_unet()(torch.randn(4, 3, 8, 8), T).sample.sum().backward()\n",
-        "UNet2DModel: the script made no noise scheduler that can be read; put `snrweights.attach(model, schedule, ...)`",
+        "UNet2DModel: the script made no noise scheduler that can be read; put `snrweights.attach(model,",
     ),
     "several schedulers": (
         "made = DDPMScheduler(), DDPMScheduler(beta_schedule='scaled_linear'), DDIMScheduler()\n"
