@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from torchvision.transforms.functional import crop
+
 
 class InterpolationMode(enum.Enum):
     NEAREST = "nearest"
@@ -52,6 +54,9 @@ class _Crop:
         self.size = size
 
     def __call__(self, image):
+        if isinstance(image, torch.Tensor):
+            top, left = (self.offset(edge - self.size) for edge in image.shape[-2:])
+            return crop(image, top, left, self.size, self.size)
         left, top = (self.offset(edge - self.size) for edge in image.size)
         return image.crop((left, top, left + self.size, top + self.size))
 
@@ -67,8 +72,11 @@ class RandomCrop(_Crop):
 
 
 class RandomHorizontalFlip:
+    def __init__(self, p=0.5):
+        self.p = p
+
     def __call__(self, image):
-        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if torch.rand(()) < 0.5 else image
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if torch.rand(()) < self.p else image
 
 
 class PILToTensor:

@@ -1,0 +1,5 @@
+"""Functions on images."""
+
+
+def crop(image, top, left, height, width):
+    return image[..., top : top + height, left : left + width]
