@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from snrweights.integrations.audit import Audit, AuditReport, DoubleWeightingError
+from snrweights.integrations.audit import Audit, DoubleWeightingError, measuring
+from snrweights.integrations.audit_report import AuditReport
 from snrweights.integrations.denoisers import TimestepReader, check_timesteps, prediction_in, with_prediction
 from snrweights.integrations.live_weighting import LiveWeighting
 from torch import Tensor, nn
@@ -60,6 +61,7 @@ class Attachment:
         tracker: LossVarianceTracker | None,
         loss_scale: LossScale,
         audit: int,
+        audit_samples: int,
         on_double_weighting: OnDoubleWeighting,
     ) -> None:
         self.tracker = tracker
@@ -71,7 +73,9 @@ class Attachment:
         self._mask = mask
         self._loss_scale = loss_scale
         self._on_double_weighting = on_double_weighting
-        self._audit = Audit(audit, self) if audit and live.output_type else None
+        self._audit_plan = (audit, audit_samples) if audit and live.output_type else None
+        self._audit: Audit | None = None  # from the first call with gradients
+        live.on_trace = self._traced
         self._checked = self._called_without_grad = self._called_frozen = False
         self._handle: Any = None
 
@@ -94,6 +98,7 @@ class Attachment:
         """A copy of the model goes on with the same scheduler and tracker, and a hook of its own."""
         memo[id(self)] = clone = copy.copy(self)
         clone._handle = copy.deepcopy(self._handle, memo)
+        clone._audit, clone._audit_plan = None, self._audit_plan if self.auditing else None
         return clone
 
     @property
@@ -110,23 +115,24 @@ class Attachment:
         """What the script's own loss turned out to be so far, or None without an audit."""
         if self._audit is None:
             return None
-        return self._audit.report(self._live.bound.curve.prediction_type if self._live.bound else None)
+        return self._audit.report()
 
-    def audited(self) -> tuple[Schedule, str]:
-        """Return the schedule and the prediction type of the model's output, as they are now."""
+    def audited(self) -> tuple[Schedule, str, str | None]:
+        """Return schedule, prediction type of the model's output and the one that was given, as they are now."""
         self._live.refresh()
-        return self._live.schedule, self._live.output_type  # type: ignore[return-value]
+        return self._live.schedule, str(self._live.output_type), self._live.options["prediction_type"]
 
     @property
     def auditing(self) -> bool:
         """Whether the audit goes on."""
-        return self._audit is not None and self._audit.active
+        return self._audit_plan is not None if self._audit is None else self._audit.active
 
     def detach(self) -> None:
         """Take the hook off; nothing of it remains on the model. Doing so twice is no error."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+        self._audit_plan = None
         if self._audit is not None:
             self._audit.stop()
 
@@ -147,12 +153,17 @@ class Attachment:
             density=self._live.density_name,
             mean_weight=bound.curve.mean() if bound else 1.0,
             weighted=self.weighted,
-            reason=None if self.weighted else self._reason(),
+            reason=None if self.weighted else self.why_not(),
             loss=statistics,
             audit=self.audit,
         )
 
-    def _reason(self) -> str:
+    def why_not(self) -> str:
+        """Say why nothing was weighted, or why no loss was read."""
+        if self.weighted:
+            report = self.audit
+            unread = "; ".join(report.not_read) if report is not None else ""
+            return f"{self._name}: {unread or 'no output was seen in a backward pass'}"
         if self._called_frozen:
             return f"no output of {self._name} depended on anything that is trained"
         if self._called_without_grad:
@@ -178,22 +189,28 @@ class Attachment:
         rows = len(prediction)
         t = self._timesteps(model, args, kwargs, self._live.schedule, rows, samples[0].device)
         if eager:
-            self._look(samples, t, rows, args[0] if args else kwargs.get("hidden_states", kwargs.get("sample")))
+            self._look(model, samples, t, rows, args[0] if args else kwargs.get("hidden_states", kwargs.get("sample")))
         for i, sample in enumerate(samples):
             call = _Call(t, rows) if isinstance(prediction, Tensor) else _Call(t, rows, i)
             sample.register_hook(functools.partial(self._pass_on, call))
         self.weighted = True
         return output
 
-    def _look(self, samples: list[Tensor], t: Tensor, rows: int, noisy: Any) -> None:
+    def _look(self, model: nn.Module, samples: list[Tensor], t: Tensor, rows: int, noisy: Any) -> None:
         """Check the first timesteps; hand outputs to the audit. Both wait for the device, and both come to an end."""
+        if self._checked and not self.auditing:
+            return
         part = (self._mask or first_half)(rows)
         if not self._checked:
             check_timesteps(t, self._live.schedule)
             _check_mask(part, rows)
             self._checked = True
-        if self._audit is None or not self._audit.active:
+        if not self.auditing:
             return
+        if self._audit is None:
+            steps, samples = self._audit_plan  # type: ignore[misc]
+            self._audit = Audit(steps, samples, self)
+            weakref.finalize(model, self._audit.stop)
         log_snr = self._live.schedule.log_snr(t).expand(rows)
         if len(samples) == 1:
             self._audit.watch(samples[0], log_snr, part, rows, noisy)
@@ -203,9 +220,9 @@ class Attachment:
 
     def _pass_on(self, call: _Call, gradient: Tensor) -> Tensor:
         """The hook on the output's gradient. The scheduler counts as it is now: scripts set it after the forward."""
-        if self._audit is not None and self._audit.measuring:
-            return gradient
         if not torch.compiler.is_compiling():
+            if measuring():
+                return gradient
             self._live.refresh()
         if self.tracker is not None:
             self._record(call, gradient)
@@ -234,23 +251,32 @@ class Attachment:
         mse = samples.square().sum(1) * elements * (mean_over / (2 * scale)) ** 2
         self.tracker.update(mse, log_snr)  # type: ignore[union-attr]
 
-    def judge(self) -> None:
-        """After a step of the audit: is there a weight of the script's own on top of ours?"""
-        report = self.audit
-        if report is None or self._live.bound is None or self._on_double_weighting == "ignore":
-            return
-        if report.is_mse and not report.constant:
-            text = (
-                f"The script's loss is weighted already: {report.description}, seen on {len(report.weight)} samples. "
-                f"{self._live!r} would multiply that. Drop one of the two; if the loss is the plain MSE of another "
-                f"target, say so with `prediction_type=`; or give `on_double_weighting='ignore'`."
+    def _traced(self) -> None:
+        """Called when torch.compile traces the model: a graph's outputs are not looked at."""
+        if self._audit_plan is not None and self._live.bound is not None and self._on_double_weighting != "ignore":
+            self._audit_plan = None
+            warnings.warn(
+                f"Could not look whether {self._name}'s loss is weighted already: the model is compiled.", stacklevel=2
             )
+
+    def judge(self) -> None:
+        """After a step of the audit, and at its end: is there a weight of the script's own on top of ours?"""
+        if self._live.bound is None or self._on_double_weighting == "ignore":
+            return
+        report = self._audit.report()  # type: ignore[union-attr]
+        if report.is_mse and not report.constant:
             self._audit.stop()  # type: ignore[union-attr]
+            text = (
+                f"The script's loss is weighted already: {report.description}, seen on {len(report.weight)} samples at "
+                f"{report.levels}. {self._live!r} would multiply that. Drop one of the two; if the loss is the plain "
+                f"MSE of another target, say so with `prediction_type=`; or give `on_double_weighting='ignore'`."
+            )
             if self._on_double_weighting == "error":
                 raise DoubleWeightingError(text)
             warnings.warn(text, stacklevel=2)
-        elif not report.steps and not self._audit.active:  # type: ignore[union-attr]
-            reasons = "; ".join(report.not_read) or "none of its outputs was seen in a backward pass"
+        elif not self.auditing and not (report.steps and report.is_mse):
+            reasons = "it is not a mean squared error" if report.steps else "; ".join(report.not_read)
+            reasons = reasons or "no output was seen in a backward pass"
             warnings.warn(f"Could not look whether {self._name}'s loss is weighted already: {reasons}.", stacklevel=2)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +44,9 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
     script, rest = split_command_line(arguments)
     for name in ("json", "output"):
         if getattr(arguments, name):
-            setattr(arguments, name, Path(getattr(arguments, name)).resolve())
+            path = Path(getattr(arguments, name)).resolve()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            setattr(arguments, name, path)
     unused: dict[str, Any] = dict.fromkeys(("density", "normalize", "clamp_max", "sample_mask", "track", "report"))
     arguments = argparse.Namespace(
         **(unused | vars(arguments)), method="none", audit=arguments.steps, on_double_weighting="ignore", force=True
@@ -53,23 +54,27 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
     return AuditRun(script, rest, arguments, {})
 
 
+def _numbered(path: Path, i: int) -> Path:
+    """The file for denoiser i: the first has the name that was given."""
+    return path.with_stem(f"{path.stem}-{i + 1}") if i else path
+
+
 class AuditRun(WeightedRun):
     """A script's run that changes nothing, and ends when the audits of its denoisers have seen enough."""
 
     def __call__(self) -> int:
         """Run the script; return 0, or 3 if no loss could be read."""
-        with contextlib.suppress(_Audited):
-            super().__call__()
+        super().__call__()
         reports = [attachment.audit for attachment in self.attached]
         read = [report for report in reports if report is not None and report.steps]
-        for report in read if self._rank == 0 else []:
+        for i, report in enumerate(read if self._rank == 0 else []):
             print(report)
             if self.arguments.json:
-                write_text(self.arguments.json, json.dumps(report.as_dict(), indent=2, allow_nan=False) + "\n")
+                numbers = json.dumps(report.as_dict(), indent=2, allow_nan=False)
+                write_text(_numbered(self.arguments.json, i), numbers + "\n")
             if self.arguments.output:
-                plots.save(
-                    plots.plot_measured_weight(report.log_snr, report.weight, report.description), self.arguments.output
-                )
+                figure = plots.plot_measured_weight(report.log_snr, report.weight, report.description)
+                plots.save(figure, _numbered(self.arguments.output, i))
         if not read:
             self.explain("no loss was read")
         return 0 if read else 3

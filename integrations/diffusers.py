@@ -28,7 +28,8 @@ from snrweights.losses import Method
 from snrweights.tracking import LossVarianceTracker
 from snrweights.weightings.base import Normalize, get_weighting
 
-AUDIT_STEPS = 8  # looked at for a second weight where no number is given
+AUDIT_STEPS = 8  # looked at for a second weight where no number is given,
+AUDIT_SAMPLES = 32  # and as many more as it takes to see so many samples
 
 
 def attach(
@@ -77,8 +78,8 @@ def attach(
             for prior preservation, where the second half keeps weight 1.
         timestep: for a model that this package does not know: a function from the arguments of the model's call to
             the scheduler's t, a number or (B,).
-        audit: for how many backward passes to look at what the script's loss itself weighs; default: 8, to find a
-            weight that would be applied twice.
+        audit: for how many backward passes to look at what the script's loss itself weighs; default: 8, and until
+            32 samples were seen, to find a weight that would be applied twice.
         on_double_weighting: what to do about one: ``"error"``, ``"warn"``, or ``"ignore"``, which does not look.
         force: attach where it is refused, because the weight has no meaning there.
         **hp: hyperparameters of the method.
@@ -120,8 +121,7 @@ def attach(
         clamp_max=clamp_max,
         dtype=dtype,
     )
-    if audit is None:
-        audit = AUDIT_STEPS if live.bound and on_double_weighting != "ignore" else 0
+    by_default = AUDIT_STEPS if live.bound and on_double_weighting != "ignore" else 0
     attachment = Attachment(
         name=type(target).__name__,
         live=live,
@@ -130,7 +130,8 @@ def attach(
         mask=_mask(sample_mask),
         tracker=LossVarianceTracker() if track else None,
         loss_scale=loss_scale,
-        audit=audit,
+        audit=by_default if audit is None else audit,
+        audit_samples=AUDIT_SAMPLES if audit is None else 0,
         on_double_weighting=on_double_weighting,
     )
     attachment.hook_onto(target)

@@ -184,6 +184,8 @@ class WeightedRun:
         finally:
             patience.remove()
             written = self._write()
+            for attachment in self.attached:
+                attachment.detach()
         return self._verdict() if written else 1
 
     def _on_model(self, model: nn.Module) -> None:
@@ -280,7 +282,7 @@ class WeightedRun:
 
     def explain(self, what: str) -> None:
         """Say why no model got a weight."""
-        reasons = [str(attachment.report().reason) for attachment in self.attached]
+        reasons = [attachment.why_not() for attachment in self.attached]
         reasons += [f"{name}: {reason}" for name, reason in self.passed_over.items()]
         if not reasons:
             reasons = [

@@ -37,6 +37,7 @@ class LiveWeighting:
         self._bind()
         self._key = id(self)
         _LIVE[self._key] = self
+        self.on_trace: Callable[[], None] | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -103,5 +104,8 @@ _LIVE: weakref.WeakValueDictionary[int, LiveWeighting] = weakref.WeakValueDictio
 def _refresh_while_tracing(key: int, prediction_type: str | None) -> bool:
     """Refresh outside of the graph; the arguments are what the graph is guarded by."""
     del prediction_type
-    _LIVE[key]._refresh()
+    live = _LIVE[key]
+    live._refresh()
+    if live.on_trace is not None:
+        live.on_trace()
     return True

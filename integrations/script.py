@@ -6,6 +6,7 @@ import argparse
 import importlib.machinery
 import importlib.util
 import os
+import re
 import runpy
 import sys
 from collections.abc import Iterator, Sequence
@@ -78,6 +79,9 @@ def run_script(script: str, rest: Sequence[str], module: bool) -> int:
     return 0
 
 
+_SECRET = re.compile(r"(hub|hf|auth|access|api)_?token$|^_*token$|(?<!mon)key$|password|secret")
+
+
 def without_secrets(words: Sequence[str]) -> list[str]:
     """Return arguments with the values of tokens, keys and passwords left out.
 
@@ -88,7 +92,7 @@ def without_secrets(words: Sequence[str]) -> list[str]:
     shown, hide = [], False
     for word in words:
         flag, equals, _ = word.partition("=")
-        secret = word.startswith("-") and any(part in flag.lower() for part in ("token", "key", "password", "secret"))
+        secret = word.startswith("-") and _SECRET.search(flag.lower().replace("-", "_")) is not None
         shown.append(f"{flag}=..." if secret and equals else "..." if hide and not word.startswith("-") else word)
         hide = secret and not equals
     return shown

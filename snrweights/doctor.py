@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +18,14 @@ from snrweights.drawn import mean_under
 from snrweights.losses import Method
 from snrweights.objective import Objective, objective
 from snrweights.schedulers import as_schedule
-from snrweights.schedules import CosineSchedule, DiscreteSchedule, FlowSchedule, Schedule, alphas_cumprod_from_betas
+from snrweights.schedules import (
+    CosineSchedule,
+    DiscreteSchedule,
+    FlowSchedule,
+    Schedule,
+    alphas_cumprod_from_betas,
+    lookup,
+)
 from snrweights.weightings.base import Normalize, WeightCurve, Weighting, get_weighting
 
 Severity = Literal["error", "warning", "note"]
@@ -31,7 +40,8 @@ WEIGHT_FLAGS = (
     "soft_min_snr_gamma",
 )
 
-_PURE_NOISE = -16.0  # log-SNR; diffusers ends some zero-SNR tables with 2**-24
+_PURE_NOISE = -16.0  # log-SNR, below which float32 images hold nothing but noise
+_STAND_IN = -24 * math.log(2)  # diffusers ends some zero-SNR tables with 2**-24
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,6 @@ class Configuration:
     weighting: Weighting
     curve: WeightCurve
     density_given: bool
-    normalize: Normalize
     batch_size: int | None
     accumulation: int
     prior_preservation: bool
@@ -153,7 +162,8 @@ def _scheduler_cannot_train(c: Configuration) -> Iterator[Finding]:
 @_check
 def _zero_terminal_snr(c: Configuration) -> Iterator[Finding]:
     grid = c.schedule.grid()
-    dead = grid[c.schedule.log_snr(grid) < _PURE_NOISE].tolist()
+    log_snr = c.schedule.log_snr(grid)
+    dead = grid[(log_snr == -math.inf) | ((log_snr - _STAND_IN).abs() < 1e-3)].tolist()
     if dead and c.curve.prediction_type == "epsilon":
         yield Finding(
             "zero-terminal-snr",
@@ -171,9 +181,11 @@ def _half_precision_table(c: Configuration) -> Iterator[Finding]:
     table = getattr(c.source, "alphas_cumprod", c.source)
     if not isinstance(table, Tensor) or table.dtype not in (torch.float16, torch.bfloat16):
         return
-    exact = c.schedule.log_snr(torch.arange(len(table)))
     rounded = table.double().cpu()
-    error = torch.expm1(rounded.log() - torch.log1p(-rounded) - exact).abs()
+    exact = c.schedule.log_snr(torch.arange(len(table)))
+    error = torch.expm1(rounded.log() - torch.log1p(-rounded) - exact)[exact.isfinite()].abs()
+    if c.source is table:  # nothing to compare with: what half a unit in the last place can do
+        error = (0.5 * torch.finfo(table.dtype).eps / (1 - rounded)).abs()
     infinite = int((~error.isfinite()).sum())
     worst = 100 * float(error[error.isfinite()].max())
     yield Finding(
@@ -197,7 +209,7 @@ def _table_is_not_what_noises(c: Configuration) -> Iterator[Finding]:
     steps = steps[(steps >= 0) & (steps <= len(table) - 1)]
     worst, where = 0.0, 0.0
     for t in steps:
-        a = float(table[int(t)].double())
+        a = float(lookup(table.double().cpu(), t.double()))
         stated = math.log(a / (1 - a)) if 0 < a < 1 else math.copysign(math.inf, a - 0.5)
         done = _log_snr_by_noising(c.source, t)
         off = 0.0 if stated == done or min(stated, done) < _PURE_NOISE else abs(stated - done)
@@ -232,7 +244,7 @@ def _flag_ignored_on_flow(c: Configuration) -> Iterator[Finding]:
         yield Finding(
             "flag-ignored-on-flow",
             "error",
-            f"{_flags(c)} is read by trainers for schedules with alphas_cumprod; on flow matching they ignore it "
+            f"{_flags(c)} is for schedules with alphas_cumprod; on flow matching trainers that take it ignore it "
             "without a word, and the training is unweighted.",
             "drop it and weigh with `snrweights.attach` or `snrweights launch`, which do flow",
             {"flags": list(c.script_flags)},
@@ -319,7 +331,7 @@ def _prior_preservation(c: Configuration) -> Iterator[Finding]:
 
 @_check
 def _micro_batches(c: Configuration) -> Iterator[Finding]:
-    if getattr(c.weighting, "batch_dependent", False) and (c.accumulation > 1 or c.batch_size == 1):
+    if c.weighting.batch_dependent and (c.accumulation > 1 or c.batch_size == 1):
         size = "" if c.batch_size is None else f" of {c.batch_size}"
         yield Finding(
             "micro-batches",
@@ -369,7 +381,7 @@ def _displacement(schedule: Schedule) -> float:
 
 
 def _overlap(one: Objective, other: Objective) -> float:
-    """The mass that two objectives share, each scaled to mass 1."""
+    """The mass that two objectives share, each scaled to mass 1, as weights on the v error."""
     x = torch.linspace(-20, 20, 4001, dtype=torch.float64)
     densities = []
     for objective_ in (one, other):
@@ -377,6 +389,7 @@ def _overlap(one: Objective, other: Objective) -> float:
         x0, x1 = objective_.log_snr[i - 1], objective_.log_snr[i]
         y = torch.lerp(objective_.w_kg[i - 1], objective_.w_kg[i], ((x - x0) / (x1 - x0)).clamp(0, 1))
         y = torch.where((x < objective_.log_snr[0]) | (x > objective_.log_snr[-1]), 0.0, y)
+        y = y * torch.sigmoid(x)  # on the v error, which is of one size at every noise level
         densities.append(y / y.sum())
     return float(torch.minimum(*densities).sum())
 
@@ -384,8 +397,8 @@ def _overlap(one: Objective, other: Objective) -> float:
 def _log_snr_by_noising(scheduler: Any, t: Tensor) -> float:
     """Log-SNR at one timestep, from what the scheduler does to a unit signal and to a unit noise."""
     one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    signal = float(scheduler.add_noise(one, zero, t.reshape(1)))
-    noise = float(scheduler.add_noise(zero, one, t.reshape(1)))
+    signal = float(copy.deepcopy(scheduler).add_noise(one, zero, t.reshape(1)))  # some remember what they noised
+    noise = float(copy.deepcopy(scheduler).add_noise(zero, one, t.reshape(1)))
     if signal == 0 or noise == 0:
         return -math.inf if signal == 0 else math.inf
     return 2 * math.log(signal / noise)
@@ -401,8 +414,12 @@ def _flags(c: Configuration) -> str:
 
 
 def _flags_in(script_args: Sequence[str]) -> tuple[str, ...]:
-    given = {arg[2:].partition("=")[0].replace("-", "_") for arg in script_args if arg.startswith("--")}
-    return tuple(flag for flag in WEIGHT_FLAGS if flag in given)
+    given: dict[str, str] = {}
+    for arg, following in itertools.zip_longest(script_args, script_args[1:], fillvalue=""):
+        name, equals, value = arg.removeprefix("--").partition("=")
+        if arg.startswith("--"):
+            given[name.replace("-", "_")] = value if equals else following
+    return tuple(flag for flag in WEIGHT_FLAGS if given.get(flag, "none").lower() not in ("none", "0", "0.0", "false"))
 
 
 def _read(scheduler: Any) -> tuple[Schedule, str | None]:
@@ -411,7 +428,8 @@ def _read(scheduler: Any) -> tuple[Schedule, str | None]:
     try:
         return as_schedule(scheduler), None
     except TypeError as error:
-        if not isinstance(table, Tensor):
+        stated = getattr(getattr(scheduler, "config", None), "prediction_type", None)
+        if not isinstance(table, Tensor) or (stated is None and table is not scheduler):
             raise
         refused: str | None = str(error)
     betas = getattr(scheduler, "betas", None)
@@ -476,7 +494,6 @@ def doctor(
             schedule, prediction_type=prediction_type, density=density, normalize=normalize, clamp_max=clamp_max
         ),
         density_given=density is not None,
-        normalize=normalize,
         batch_size=batch_size,
         accumulation=accumulation,
         prior_preservation=prior_preservation,

@@ -124,7 +124,8 @@ def plot_diagnosis(diagnosis: Diagnosis) -> Figure:
     }
     curves = [("your configuration", diagnosis.configuration.objective), *beside.items()]
     for i, (name, shown) in enumerate(curves):
-        scale = shown.w_kg[shown.log_snr.abs().argmin()]
+        at_zero = shown.w_kg[shown.log_snr.abs().argmin()]
+        scale = at_zero if at_zero > 1e-3 else 1.0  # an objective that is elsewhere keeps its maximum at 1
         width = 1.2 if i else 2.4
         ax.plot(shown.log_snr, shown.w_kg / scale, color=_COLOURS[i], ls=_STYLES[i], lw=width, label=name)
     ax.set_yscale("log")

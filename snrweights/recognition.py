@@ -16,7 +16,9 @@ from snrweights.schedules import Schedule
 from snrweights.weightings import parity
 from snrweights.weightings.base import Weighting, get_weighting, list_weightings
 
-_GRID = torch.logspace(-3, 3, 61, dtype=torch.float64).tolist()  # where a hyperparameter is looked for at first
+_GRID = torch.logspace(-3, 3, 61, dtype=torch.float64).tolist()  # where a positive hyperparameter is looked for
+_LINE = torch.linspace(-10, 10, 41, dtype=torch.float64).tolist()  # and any other
+_FEW = 12  # samples, below which no dependence on the noise level is inferred
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -56,18 +58,55 @@ class PlainMSE(Weighting):
         return torch.zeros_like(log_snr)
 
 
-def is_constant(weight: Tensor, tolerance: float) -> bool:
-    """Whether a measured weight is the same for all samples.
+def depends_on_noise(log_snr: Tensor, weight: Tensor, groups: Tensor, tolerance: float) -> bool:
+    """Whether a weight varies with the noise level, beyond a factor for each group of samples.
+
+    Weights that differ otherwise (between data sets, by masks, by a scaler's back-off) do not: neighbours in log-SNR
+    are no more alike than others. That is Bartels' rank version of von Neumann's ratio, at p < 0.001.
+
+    Args:
+        log_snr: (N,) of the samples.
+        weight: (N,); not negative. Zeros count as the lowest.
+        groups: (N,) int: which samples share a factor.
+        tolerance: relative deviation that counts as none.
 
     Example:
-        >>> is_constant(torch.tensor([2.0, 2.0001]), 1e-3)
+        >>> log_snr, groups = torch.linspace(-3, 3, 20), torch.zeros(20, dtype=torch.int64)
+        >>> depends_on_noise(log_snr, log_snr.sigmoid(), groups, 1e-3)
         True
+        >>> depends_on_noise(log_snr, torch.full((20,), 3.0), groups, 1e-3)
+        False
     """
-    return bool(weight.max() - weight.min() <= tolerance * weight.abs().max())
+    log_weight = weight.double().log()
+    if bool(log_weight.isfinite().all()) and _deviation(_without_factors(log_weight, groups)) <= tolerance:
+        return False
+    ranks = log_weight[log_snr.argsort()].argsort().argsort().double()
+    n = len(ranks)
+    if n < _FEW:
+        return False
+    ratio = ranks.diff().square().sum() / (ranks - ranks.mean()).square().sum()
+    return bool(ratio < 2 - 3.1 * 2 / math.sqrt(n))
+
+
+def _without_factors(log_values: Tensor, groups: Tensor) -> Tensor:
+    """Subtract from each group the middle of its range."""
+    _, place = groups.unique(return_inverse=True)
+    finite = log_values.isfinite()
+    count = int(place.max()) + 1
+    high = torch.full((count,), -math.inf, dtype=log_values.dtype)
+    high = high.scatter_reduce(0, place[finite], log_values[finite], "amax")
+    low = torch.full((count,), math.inf, dtype=log_values.dtype)
+    low = low.scatter_reduce(0, place[finite], log_values[finite], "amin")
+    return log_values - ((high + low) / 2)[place]
 
 
 def recognise(
-    log_snr: Tensor, weight: Tensor, schedule: Schedule, prediction_type: str, tolerance: float = 1e-3
+    log_snr: Tensor,
+    weight: Tensor,
+    schedule: Schedule,
+    prediction_type: str,
+    tolerance: float = 1e-3,
+    groups: Tensor | None = None,
 ) -> list[Recognition]:
     """Return the known weightings that a measured weight equals, up to a factor.
 
@@ -77,10 +116,11 @@ def recognise(
         schedule: of the timesteps.
         prediction_type: of the model.
         tolerance: largest relative deviation that counts as equal.
+        groups: (N,) int: which samples share a factor; by default all.
 
     Returns:
-        The best fit of each weighting within the tolerance, those without a hyperparameter first. A constant weight is
-        ``native`` and nothing else.
+        The best fit of each weighting within the tolerance, in one of its hyperparameters at most, those without any
+        first. A constant weight is ``native`` and nothing else; from too few different samples nothing is recognised.
 
     Example:
         >>> from snrweights import DiscreteSchedule
@@ -90,18 +130,27 @@ def recognise(
         >>> str(recognise(log_snr, measured, schedule, "v_prediction")[0])
         'min_snr(gamma=5)'
     """
+    groups = torch.zeros(len(weight), dtype=torch.int64) if groups is None else groups
     log_snr, log_weight = log_snr.double(), weight.double().log()
-    if is_constant(weight, tolerance):
-        return [
-            Recognition("native", {}, float(log_weight.median().exp()), _deviation(log_weight - log_weight.median()))
-        ]
+    if not bool(log_weight.isfinite().all()):
+        raise ValueError("`weight` must be positive and finite.")
+    residual = _without_factors(log_weight, groups)
+    if _deviation(residual) <= tolerance:
+        return [Recognition("native", {}, float((log_weight - residual).median().exp()), _deviation(residual))]
+    free = _comparisons(log_snr, groups)
     found = []
     for weighting in _candidates():
-        fit = _fit(weighting, log_snr, log_weight, schedule, prediction_type)
-        if fit is not None and fit.deviation <= tolerance:
+        fit = _fit(weighting, log_snr, log_weight, groups, schedule, prediction_type)
+        if fit is not None and fit.deviation <= tolerance and free >= 2 + len(fit.hyperparameters):
             found.append(fit)
     found.sort(key=lambda fit: len(fit.hyperparameters))  # what needs no fit explains more
     return found
+
+
+def _comparisons(log_snr: Tensor, groups: Tensor) -> int:
+    """How many independent ratios of weights at different noise levels there are."""
+    within = len(torch.stack((log_snr, groups.double())).unique(dim=1)[0]) - len(groups.unique())
+    return min(len(log_snr.unique()) - 1, within)
 
 
 def _candidates() -> Iterator[Weighting]:
@@ -111,46 +160,59 @@ def _candidates() -> Iterator[Weighting]:
 
 
 def _fit(
-    weighting: Weighting, log_snr: Tensor, log_weight: Tensor, schedule: Schedule, prediction_type: str
+    weighting: Weighting,
+    log_snr: Tensor,
+    log_weight: Tensor,
+    groups: Tensor,
+    schedule: Schedule,
+    prediction_type: str,
 ) -> Recognition | None:
-    """Fit the factor, and the hyperparameter if the weighting has just one number."""
+    """Fit the factors, and the hyperparameter that helps most."""
 
     def compare(candidate: Weighting) -> tuple[float, float]:
         curve = candidate.curve(schedule, prediction_type=prediction_type)
         difference = log_weight - curve.log_weight(log_snr)
-        middle = float(difference.median())
-        worst = _deviation(difference - middle)
-        return (worst if worst == worst else math.inf), middle
+        residual = _without_factors(difference, groups)
+        worst = _deviation(residual)
+        return (worst if worst == worst else math.inf), float((difference - residual).median())
 
     numbers = [name for name, value in weighting.hyperparameters().items() if isinstance(value, float)]
     try:
-        if len(numbers) == 1:
-            weighting = dataclasses.replace(weighting, **{numbers[0]: _search(weighting, numbers[0], compare)})  # type: ignore[type-var]
-        deviation, middle = compare(weighting)
+        fits = [_search(weighting, name, compare) for name in numbers] or [weighting]
+        best = min(fits, key=lambda fit: compare(fit)[0])
+        deviation, middle = compare(best)
     except ValueError:  # a weight that this prediction type or schedule does not have
         return None
-    values: dict[str, Any] = {name: getattr(weighting, name) for name in numbers}
-    return Recognition(weighting.name, values, math.exp(middle), deviation)
+    values: dict[str, Any] = {name: getattr(best, name) for name in numbers}
+    return Recognition(best.name, values, math.exp(middle), deviation)
 
 
-def _search(weighting: Weighting, name: str, compare: Any) -> float:
-    """Minimise the deviation over one positive hyperparameter: a grid, then a golden section in its logarithm."""
+def _search(weighting: Weighting, name: str, compare: Any) -> Weighting:
+    """Minimise the deviation over one hyperparameter: a grid, then a golden section; in its logarithm if it is > 0."""
+    field = next(field for field in dataclasses.fields(weighting) if field.name == name)  # type: ignore[arg-type]
+    positive = field.metadata.get("above") is not None
+    to, back = (math.exp, math.log) if positive else (float, float)
+
+    def with_value(value: float) -> Weighting:
+        return dataclasses.replace(weighting, **{name: value})  # type: ignore[type-var]
 
     def at(value: float) -> float:
-        return float(compare(dataclasses.replace(weighting, **{name: value}))[0])  # type: ignore[type-var]
+        return float(compare(with_value(value))[0])
 
     default = getattr(weighting, name)
-    grid = sorted({*_GRID, default}) if default > 0 else [default]
+    if at(default) <= 1e-6:
+        return weighting
+    grid = sorted({*(_GRID if positive else _LINE), default})
     best = min(range(len(grid)), key=lambda i: at(grid[i]))
-    if len(grid) == 1 or at(default) <= 1e-6:
-        return float(default)
-    low, high = math.log(grid[max(best - 1, 0)]), math.log(grid[min(best + 1, len(grid) - 1)])
+    low, high = back(grid[max(best - 1, 0)]), back(grid[min(best + 1, len(grid) - 1)])
     for _ in range(40):
         a, b = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
-        low, high = (low, b) if at(math.exp(a)) <= at(math.exp(b)) else (a, high)
-    value = math.exp((low + high) / 2)
+        low, high = (low, b) if at(to(a)) <= at(to(b)) else (a, high)
+    value = to((low + high) / 2)
+    if best in (0, len(grid) - 1):  # a limit of the family, which another one has as itself
+        return weighting
     rounded = float(f"{value:.3g}")
-    return min((value, rounded, grid[best]), key=lambda v: (round(at(v), 6), v != rounded))
+    return with_value(min((value, rounded, grid[best]), key=lambda v: (round(at(v), 6), v != rounded)))
 
 
 def _deviation(log_ratio: Tensor) -> float:

@@ -37,7 +37,10 @@ from snrweights import per_sample_mse
 T = INDICES
 
 # torch's own compiler looks at .grad of what is no leaf, as it traces a hook on it
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+    "ignore:Could not look whether .* is weighted already. the model is compiled:UserWarning",
+)
 
 
 # torch.compile --------------------------------------------------------------------------------------------------------
@@ -365,3 +368,10 @@ def test_flow_in_bfloat16_reads_sigma_as_it_was_given():
     assert_weighted(
         autocast_step(model, t, torch.bfloat16), wanted, autocast_step(Denoiser(), t, torch.bfloat16), tolerance=0.02
     )
+
+
+def test_that_a_compiled_model_is_not_audited_is_said():
+    inner, scheduler = denoiser(), DDPMScheduler()
+    attach(inner, scheduler)
+    with pytest.warns(UserWarning, match=r"Could not look whether Denoiser's loss is weighted already: the model is"):
+        train(compiled(inner), T)

@@ -105,7 +105,7 @@ def test_eight_steps_by_default(here, capsys):
     assert (out.count("backward"), out.count("step ")) == (8, 7)
     assert "audit of 8 steps, 64 samples" in out
     assert "weight     min_snr(gamma=5)" in out
-    assert "timesteps  uniform over the schedule's timesteps" in out
+    assert "timesteps  too few to tell their density" in out
 
 
 @pytest.mark.parametrize("end", ["", "sys.exit()\n", "sys.exit(0)\n"])
@@ -310,7 +310,7 @@ def test_files_are_where_they_were_asked_for_if_the_script_goes_elsewhere(here):
 @pytest.mark.parametrize("option", ["--json", "-o"])
 def test_a_folder_that_is_not_there_is_made(option, here, capsys):
     file = "audit.json" if option == "--json" else "figure.png"
-    assert audit(loop(), option, f"new/{file}", "--steps", "1") == 0  # BUG: FileNotFoundError after the script has run
+    assert audit(loop(), option, f"new/{file}", "--steps", "1") == 0
     assert Path("new", file).is_file()
 
 
@@ -353,7 +353,7 @@ def test_the_prediction_type_can_be_told(here, capsys):
         .replace(".sample - noise)", ".sample - images)")
     )
     assert audited(text)["target_as_expected"] is False
-    assert audited(text, "--prediction-type", "sample")["target_as_expected"] is True  # BUG: the option does nothing
+    assert audited(text, "--prediction-type", "sample")["target_as_expected"] is True
 
 
 @pytest.mark.parametrize(
@@ -427,8 +427,8 @@ def test_a_miniature_weighted_by_hand_is_min_snr(script, here, capsys):
 
 def test_a_weight_on_half_of_the_batch_is_of_its_own_kind(here, capsys):
     found = audited_miniature("prior_preservation", "--weigh", "formula")
-    assert (found["constant"], found["known_as"]) == (False, [])
-    assert "weight     of its own kind" in capsys.readouterr().out
+    assert found["constant"] is False
+    assert "the same at every noise level" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", ["kohya", "k_diffusion"])
@@ -516,7 +516,7 @@ def test_the_scale_of_mixed_precision_is_no_second_weight(change, here, capsys):
     text = loop(steps=12).replace("try:", f"{scaler}\ntry:", 1)
     text = text.replace("(weigh(snr) * errors).mean().backward()", "scaler.scale(errors.mean()).backward()")
     text = text.replace("optimizer.step()", "scaler.step(optimizer); scaler.update()")
-    code, report = report_of(text)  # BUG: DoubleWeightingError, as the scale is not the same in all steps
+    code, report = report_of(text)
     assert code == 0
     assert report["attached"][0]["weighted"]
     assert report["attached"][0]["audit"]["constant"]
@@ -628,9 +628,7 @@ def test_the_flow_of_such_a_model_is_audited(here, capsys):
 
 def test_the_velocity_of_ideogram_and_lumina_points_at_the_data(here, capsys):
     """diffusers' scripts of both train on `model_input - noise`, from noise to data as their time runs."""
-    assert (
-        audited_ideogram("(x0 - noise)")["target_as_expected"] is True
-    )  # BUG: "another than the prediction type says"
+    assert audited_ideogram("(x0 - noise)")["target_as_expected"] is True
 
 
 def test_the_values_of_secrets_are_left_out_of_the_report(here, capsys):
@@ -747,7 +745,7 @@ def test_two_schedulers_that_differ_are_not_chosen_between(here, capsys):
 @pytest.mark.parametrize("command", [["audit"], ["launch", "--method", "none", "--audit", "8"], ["launch"]])
 def test_nobody_listens_to_backward_passes_after_a_short_script(command, here, capsys):
     assert main([*command, write(Path("script.py"), loop(steps=3))]) == 0
-    assert torch.autograd.backward is BACKWARD  # BUG: it stays wrapped while the script's models are alive
+    assert torch.autograd.backward is BACKWARD
 
 
 def test_two_denoisers_are_both_reported(here, capsys):
@@ -768,7 +766,7 @@ def test_the_numbers_of_two_denoisers_are_both_written(here, capsys):
     assert audit(text, "--json", "audit.json") == 0
     assert capsys.readouterr().out.count("audit of 2 steps") == 2
     written = "".join(file.read_text() for file in Path().glob("audit*.json"))
-    assert written.count('"steps": 2') == 2  # BUG: those of the first are overwritten by those of the second
+    assert written.count('"steps": 2') == 2
 
 
 def test_what_an_attached_script_weighs_is_audited_too(here, capsys):

@@ -495,7 +495,10 @@ def test_a_scheduler_changed_in_the_loop_is_read_anew(here):
     torch.testing.assert_close(weights, expected)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # by dynamo itself
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",  # by dynamo itself
+    "ignore:Could not look whether .* is weighted already. the model is compiled:UserWarning",
+)
 @pytest.mark.parametrize(
     "compiled",
     [

@@ -56,6 +56,7 @@ class Weighting(ABC):
             or ``"objective"``, where it is w_KG and the weight is w_KG / p with p the density of the draws.
         formula: for people, in w_eps, w_x0 or w_KG.
         source: the paper.
+        batch_dependent: whether the weight of a sample depends on the others in its batch.
 
     Example:
         >>> get_weighting("min_snr").target, get_weighting("min_snr").hyperparameters()
@@ -67,6 +68,7 @@ class Weighting(ABC):
     formula: ClassVar[str]
     source: ClassVar[str]
     refuses_infinities: ClassVar[bool] = True
+    batch_dependent: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
