@@ -208,8 +208,7 @@ class Attachment:
         if not self.auditing:
             return
         if self._audit is None:
-            steps, samples = self._audit_plan  # type: ignore[misc]
-            self._audit = Audit(steps, samples, self)
+            self._audit = Audit(*self._audit_plan, subject=self)  # type: ignore[misc]
             weakref.finalize(model, self._audit.stop)
         log_snr = self._live.schedule.log_snr(t).expand(rows)
         if len(samples) == 1:

@@ -104,6 +104,8 @@ def attach(
     """
     if on_double_weighting not in ON_DOUBLE_WEIGHTING:
         raise ValueError(f"`on_double_weighting` must be one of {ON_DOUBLE_WEIGHTING}, got {on_double_weighting!r}.")
+    if audit is not None and audit < 1:
+        raise ValueError(f"`audit` must be >= 1, got {audit!r}.")
     target = denoiser_in(model)
     for present in attachments_around(target):
         raise ValueError(f"`model` is weighted already, by {present!r}; detach() that first.")
