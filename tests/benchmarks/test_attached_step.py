@@ -39,7 +39,10 @@ def _one_thread():
 
 
 def attach(model, track=False, **options):
-    return snrweights.attach(model, SCHEDULER, "min_snr", gamma=5.0, track=track, **options)
+    """Attach as it is after the audit's first steps."""
+    return snrweights.attach(
+        model, SCHEDULER, "min_snr", gamma=5.0, track=track, on_double_weighting="ignore", **options
+    )
 
 
 def test_an_attached_step_costs_at_most_one_percent_more_and_a_tracked_one_two():
