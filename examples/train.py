@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -18,6 +19,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from options import FREE, Options, check_options
 from snrweights.integrations import metrics
+from snrweights.integrations.accelerate import SumOverProcesses
 from snrweights.integrations.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -42,7 +44,7 @@ from tqdm.auto import tqdm
 import snrweights
 from snrweights import plots
 from snrweights.settings import parse_settings
-from snrweights.tracking import LossStatistics
+from snrweights.statistics import LossStatistics
 
 NOISE, VALIDATION, SAMPLES, MEASURE, SPLIT, DROPOUT = range(1, 7)  # streams of random numbers, beside the seed
 PRESETS = Path(__file__).parent / "configs"
@@ -86,7 +88,7 @@ class Trainer:
             normalize="mean" if options.weight.normalize == "mean" else None,
             clamp_max=options.weight.clamp_max,
         )
-        self.tracker = snrweights.LossVarianceTracker()
+        self.tracker = self.make_tracker(reduce=SumOverProcesses(accelerator))
         model = process.wrap(make_model(options))
         optimizer = torch.optim.Adam(model.parameters(), lr=options.optimizer.learning_rate)
         schedule = get_scheduler(
@@ -134,7 +136,7 @@ class Trainer:
             with self.accelerator.accumulate(self.model):
                 images, noise, t, labels = self.draw(images, labels, forward)
                 losses, log_snr = self.losses(images, noise, t, labels)
-                self.tracker.update(losses, log_snr)
+                self.tracker.update(losses, log_snr, prediction_type=self.process.prediction_type)
                 loss = (self.weight(t) * losses).mean()
                 self.accelerator.backward(loss)
                 total += loss.detach() / accumulate
@@ -156,7 +158,7 @@ class Trainer:
         stream = generator(self.options.run.seed, VALIDATION)
         noise = torch.randn(images.shape, generator=stream)
         u = (torch.randperm(len(images), generator=stream) + 0.5) / len(images)
-        tracker = snrweights.LossVarianceTracker()
+        tracker = self.make_tracker()
         parts = zip(
             *(x.split(self.options.optimizer.train_batch_size) for x in (images, noise, u, labels)), strict=True
         )
@@ -165,23 +167,23 @@ class Trainer:
         self.model.eval()
         for batch in parts:
             images, noise, u, labels = (part.to(self.accelerator.device) for part in batch)
-            tracker.update(*self.losses(images, noise, self.process.timesteps(u), labels))
+            losses, log_snr = self.losses(images, noise, self.process.timesteps(u), labels)
+            tracker.update(losses, log_snr, prediction_type=self.process.prediction_type)
         self.model.train()
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # without a backward it still holds the whole weights
         self.ema.restore(self.model.parameters())
         return tracker.compute()
 
-    def tracked(self) -> dict[str, Tensor]:
-        """Return the tracker's state, summed over processes."""
-        state = self.tracker.state_dict()
-        moments = self.accelerator.reduce(state["moments"].to(self.accelerator.device), "sum")
-        return {"edges": state["edges"], "moments": moments.cpu()}
+    def make_tracker(self, **options: Any) -> snrweights.LossVarianceTracker:
+        """Return a tracker of the error of epsilon, whatever the model predicts."""
+        return snrweights.LossVarianceTracker(unit="epsilon", sigma_data=self.process.schedule.sigma_data, **options)
 
     def state(self, running: Tensor) -> dict[str, Tensor]:
         """Return everything that a step changes, whole tensors; every process calls it."""
         averages = {f"ema.{i}": whole(value) for i, value in enumerate(self.ema.shadow_params)}
-        tracked = {f"tracker.{name}": value for name, value in self.tracked().items()}
+        self.tracker.sync()
+        tracked = {f"tracker.{name}": value for name, value in self.tracker.state_dict().items()}
         scaler = self.accelerator.scaler
         scale = {f"scaler.{key}": torch.tensor(value) for key, value in (scaler.state_dict() if scaler else {}).items()}
         learnt = model_and_optimizer_state(self.model, self.optimizer.optimizer)
@@ -196,8 +198,8 @@ class Trainer:
         self.ema.optimization_step = step
         for i, value in enumerate(self.ema.shadow_params):
             copy_whole(value, state[f"ema.{i}"])
-        if self.accelerator.is_main_process:  # the sum over processes; the others go on from zero
-            self.tracker.load_state_dict({name: state[f"tracker.{name}"] for name in ("edges", "moments")})
+        tracked = {name.removeprefix("tracker."): value for name, value in state.items() if "tracker." in name}
+        self.tracker.load_state_dict(tracked)
         return state["running"].to(self.accelerator.device)
 
     def save_model(self, folder: Path) -> None:
@@ -362,13 +364,11 @@ def finish(options: Options, trainer: Trainer, data: Subset, log: MetricsLog, se
         batch_size=options.output.eval_batch_size,
         accelerator=accelerator,
     )
-    trainer.tracker.load_state_dict(trainer.tracked())
+    trainer.tracker.sync()
     if not accelerator.is_main_process:
         return
     trainer.tracker.save(output / "tracker.safetensors")
-    figure = plots.plot_loss_by_noise(
-        trainer.tracker.compute(), log.validations(), target=trainer.process.prediction_type
-    )
+    figure = plots.plot_loss_by_noise(trainer.tracker.compute(), log.validations())
     plots.save(figure, output / "loss_by_noise.png")
     image_grid(samples[:100]).save(output / "samples.png")
     results = metrics.compare(

@@ -141,9 +141,7 @@ class Attachment:
         bound = self._live.bound
         statistics = None
         if self.tracker is not None:
-            computed = self.tracker.compute()
-            columns = {name: getattr(computed, name).tolist() for name in ("edges", "count", "mean", "variance")}
-            statistics = {name: [None if v != v else v for v in column] for name, column in columns.items()}  # no NaN
+            statistics = self.tracker.compute().as_dict()
         return Report(
             model=self._name,
             scheduler=self._live.scheduler_name,
@@ -247,8 +245,12 @@ class Attachment:
         if self._mask is not None:  # each part has a mean of its own
             selected = self._selected(call.rows, gradient.device)
             mean_over = call.part(torch.where(selected, selected.sum(), call.rows - selected.sum()))
-        mse = samples.square().sum(1) * elements * (mean_over / (2 * scale)) ** 2
-        self.tracker.update(mse, log_snr)  # type: ignore[union-attr]
+        gradient_square = samples.square().sum(1) * (mean_over / scale) ** 2  # of a sample's own loss
+        output_type, weight = self._live.tracked_as(log_snr)
+        mse = gradient_square * elements / 4 / weight**2
+        self.tracker.update(  # type: ignore[union-attr]
+            mse, log_snr, prediction_type=output_type, gradient_square=gradient_square
+        )
 
     def _traced(self) -> None:
         """Called when torch.compile traces the model: a graph's outputs are not looked at."""
@@ -318,7 +320,7 @@ class Report:
         mean_weight: by which a loss that does not depend on t is scaled.
         weighted: whether anything was weighted.
         reason: why not, if not.
-        loss: the tracker's edges, count, mean and variance per bin of log-SNR, if tracked; None in empty bins.
+        loss: ``LossStatistics.as_dict()`` of the tracker, if tracked.
         audit: what the script's own loss turned out to be, if looked at.
     """
 
@@ -331,7 +333,7 @@ class Report:
     mean_weight: float
     weighted: bool
     reason: str | None
-    loss: dict[str, list[Any]] | None
+    loss: dict[str, Any] | None
     audit: AuditReport | None
 
     def as_dict(self) -> dict[str, Any]:

@@ -69,9 +69,9 @@ def attach(
         normalize: see ``loss_weight``.
         clamp_max: see ``loss_weight``.
         dtype: in which weights are computed and multiplied; the gradient keeps its own.
-        track: record the unweighted loss over log-SNR in ``.tracker``. It is recovered from the gradient, so the
-            loss must be a mean MSE, ``|g_i|^2 B^2 D / 4`` over the D elements that enter it; it carries the squares of
-            a weight that the script itself applies.
+        track: record the unweighted loss over log-SNR in ``.tracker``, as the error of epsilon. It is recovered from
+            the gradient, so the loss must be a mean MSE, ``|g_i|^2 B^2 D / 4`` over the D elements that enter it; it
+            carries the squares of a weight that the script itself applies.
         loss_scale: what multiplies the loss before ``backward``, divided out by ``track``: 1 / accumulation steps,
             GradScaler's scale; a number, or a function that returns one.
         sample_mask: which samples to weigh: a function from the batch size to a bool tensor (B,), or ``"first_half"``
@@ -130,7 +130,7 @@ def attach(
         timesteps=TimestepReader(target, adapter, timestep),
         per_sample_list=adapter.per_sample_list,
         mask=_mask(sample_mask),
-        tracker=LossVarianceTracker() if track else None,
+        tracker=_tracker(live) if track else None,
         loss_scale=loss_scale,
         audit=by_default if audit is None else audit,
         audit_samples=AUDIT_SAMPLES if audit is None else 0,
@@ -138,6 +138,11 @@ def attach(
     )
     attachment.hook_onto(target)
     return attachment
+
+
+def _tracker(live: LiveWeighting) -> LossVarianceTracker:
+    unit = "epsilon" if live.output_type else None
+    return LossVarianceTracker(unit=unit, sigma_data=live.schedule.sigma_data)
 
 
 def _mask(sample_mask: SampleMask | str | None) -> SampleMask | None:

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from snrweights.losses import same_state, state_of
+from snrweights.predictions import LIMIT, convert_log_weight
 from snrweights.schedulers import as_schedule
-from snrweights.schedules import EDMSchedule, Schedule
+from snrweights.schedules import DiscreteSchedule, EDMSchedule, Schedule
 from snrweights.weightings.base import BoundWeighting, Weighting
 
 
@@ -70,6 +72,18 @@ class LiveWeighting:
     def output_type(self) -> str | None:
         """The prediction type of the model's output: what the scheduler states, else what was given."""
         return self.schedule.prediction_type or self.options["prediction_type"]
+
+    def tracked_as(self, log_snr: Tensor) -> tuple[str | None, Tensor | float]:
+        """Return the prediction type of the output, and the weight that the loss has on its MSE.
+
+        A flow's or EDM's output is what such a scheduler implies, and a loss that was said to be on another target is on
+        that target made from it. A discrete scheduler's config can be wrong: what was given stands for the output.
+        """
+        given, output = self.options["prediction_type"], self.output_type
+        if given is None or given == output or isinstance(self.schedule, DiscreteSchedule):
+            return given or output, 1.0
+        zero, finite = torch.zeros_like(log_snr), log_snr.clamp(-LIMIT, LIMIT)
+        return output, convert_log_weight(zero, finite, given, str(output), self.schedule.sigma_data).exp()
 
     @property
     def density_name(self) -> str:

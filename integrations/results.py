@@ -13,7 +13,7 @@ from PIL import Image
 from snrweights.integrations.files import write_text
 from torch import Tensor
 
-from snrweights.tracking import LossStatistics
+from snrweights.statistics import LossStatistics
 
 
 def save_results(path: str | os.PathLike[str], **results: Any) -> None:

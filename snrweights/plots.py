@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -15,8 +16,8 @@ from snrweights.densities import Density
 from snrweights.doctor import Diagnosis
 from snrweights.objective import objective
 from snrweights.schedulers import as_schedule
-from snrweights.tracking import LossStatistics
-from snrweights.weightings.base import Weighting, get_weighting
+from snrweights.statistics import LossStatistics
+from snrweights.weightings.base import WeightCurve, Weighting, get_weighting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -165,15 +166,12 @@ def _mean_on(density: Density, log_snr: Tensor, weight: Tensor) -> float:
 def plot_loss_by_noise(
     statistics: LossStatistics,
     validations: Mapping[int, tuple[Sequence[float], Sequence[float]]] | None = None,
-    *,
-    target: str = "epsilon",
 ) -> Figure:
     """Draw mean and standard deviation of the unweighted loss over log-SNR; beside it the held-out loss, if any.
 
     Args:
         statistics: of a tracker.
         validations: step -> (log-SNR, mean loss) on held-out data; without it the right side has the sample counts.
-        target: what the loss is the mean squared error of; for the axis.
 
     Example:
         >>> from snrweights.tracking import LossVarianceTracker
@@ -184,6 +182,7 @@ def plot_loss_by_noise(
     """
     figure = _figure(2)
     left, right = figure.subplots(1, 2)
+    label = f"mean squared error of {statistics.unit}" if statistics.unit else "loss"
     seen = statistics.count > 0
     centres = ((statistics.edges[1:] + statistics.edges[:-1]) / 2)[seen]
     mean, deviation = statistics.mean[seen], statistics.variance[seen].sqrt()
@@ -192,11 +191,11 @@ def plot_loss_by_noise(
     left.plot(centres, deviation, color=_COLOURS[1], marker="s", ms=3, ls="--", label="standard deviation")
     left.set_yscale("log")
     left.legend(frameon=False, fontsize=9)
-    _finish(left, "training: unweighted loss by noise level", f"mean squared error of {target}")
+    _finish(left, "training: unweighted loss by noise level", label)
     if validations:
         _draw_validations(right, validations)
         right.set(xlim=left.get_xlim(), ylim=left.get_ylim())
-        _finish(right, "held-out images", f"mean squared error of {target}")
+        _finish(right, "held-out images", label)
         return figure
     width = float(statistics.edges[1] - statistics.edges[0])
     right.bar(centres.tolist(), statistics.count[seen].tolist(), width=0.9 * width, color=_COLOURS[5])
@@ -213,3 +212,78 @@ def _draw_validations(ax: Axes, validations: Mapping[int, tuple[Sequence[float],
         ax.plot(*validations[step], color=_COLOURS[0], alpha=shade, marker="o", ms=2.5, label=f"step {step}")
     ax.set_yscale("log")
     ax.legend(frameon=False, fontsize=9)
+
+
+def plot_history(history: Sequence[tuple[int, LossStatistics]]) -> Figure:
+    """Draw the mean loss by noise level over training, as a heat map: between each snapshot and the one before.
+
+    Args:
+        history: of a tracker with snapshots, ``tracker.history()``.
+
+    Raises:
+        ValueError: fewer than two snapshots.
+
+    Example:
+        >>> from snrweights.tracking import LossVarianceTracker
+        >>> tracker = LossVarianceTracker(bins=4, low=-2, high=2, snapshot_every=1)
+        >>> for loss in (2.0, 1.0, 0.5):
+        ...     tracker.update(loss * torch.ones(3), torch.tensor([-1.5, 0.5, 1.5]))
+        >>> len(plot_history(tracker.history()).axes)  # the map and its colour bar
+        2
+    """
+    if len(history) < 2:
+        raise ValueError(f"A heat map needs two snapshots at least, got {len(history)}: track with `snapshot_every=`.")
+    columns = []
+    for (_, before), (_, after) in itertools.pairwise(history):
+        count = (after.count - before.count).double()
+        total = _sums(after) - _sums(before)
+        columns.append(torch.where(count > 0, total / count, torch.nan))
+    steps = [step for step, _ in history]
+    edges = history[0][1].edges
+    seen = torch.stack(columns).isfinite().any(0).nonzero()
+    low, high = int(seen.min()), int(seen.max()) + 1
+    figure = _figure(1)
+    ax = figure.subplots()
+    values = torch.stack(columns, 1)[low:high]
+    mesh = ax.pcolormesh(steps, edges[low : high + 1], values, norm="log", cmap="viridis", rasterized=True)
+    unit = history[0][1].unit
+    figure.colorbar(mesh, label=f"mean squared error of {unit}" if unit else "loss")
+    ax.set_title("unweighted loss by noise level over training", fontsize=10)
+    ax.set_xlabel("step")
+    ax.set_ylabel("log-SNR   (noise  ←   → clean)")
+    return figure
+
+
+def _sums(statistics: LossStatistics) -> Tensor:
+    return torch.where(statistics.count > 0, statistics.mean * statistics.count, 0.0)
+
+
+def plot_weighted_loss(statistics: LossStatistics, curve: WeightCurve) -> Figure:
+    """Draw mean and standard deviation of the loss over log-SNR, unweighted and, beside it, times the weight.
+
+    Args:
+        statistics: of a tracker.
+        curve: the weight, ``get_weighting(...).curve(...)``; scaled to mean 1 over the losses seen.
+
+    Example:
+        >>> from snrweights.tracking import LossVarianceTracker
+        >>> tracker = LossVarianceTracker(unit="epsilon")
+        >>> tracker.update(torch.tensor([0.1, 0.2]), torch.tensor([0.0, 0.0]))
+        >>> curve = get_weighting("min_snr").curve("linear", prediction_type="epsilon")
+        >>> [ax.get_title() for ax in plot_weighted_loss(tracker.compute(), curve).axes]
+        ['unweighted', 'weighted']
+    """
+    figure = _figure(2)
+    axes = figure.subplots(1, 2, sharey=True)
+    seen = statistics.count > 0
+    centres = ((statistics.edges[1:] + statistics.edges[:-1]) / 2)[seen]
+    weight = curve.log_weight(centres, statistics.unit or curve.prediction_type).exp()
+    weight = weight * statistics.count[seen].sum() / (weight * statistics.count[seen]).sum()
+    for ax, factor, title in zip(axes, (torch.ones_like(weight), weight), ("unweighted", "weighted"), strict=True):
+        ax.plot(centres, factor * statistics.mean[seen], color=_COLOURS[0], marker="o", ms=3, label="mean")
+        deviation = factor * statistics.variance[seen].sqrt()
+        ax.plot(centres, deviation, color=_COLOURS[1], marker="s", ms=3, ls="--", label="standard deviation")
+        ax.set_yscale("log")
+        _finish(ax, title, "loss" if factor is not weight else "")
+    axes[0].legend(frameon=False, fontsize=9)
+    return figure

@@ -5,6 +5,7 @@ from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteSc
 from torch import nn
 
 import snrweights
+from snrweights.predictions import convert_log_weight
 
 F64 = torch.float64
 INDICES = torch.tensor([5, 100, 500, 900])  # SNR 1118, 8.5, 0.09, 0.0003 of the linear table: on both sides of 5
@@ -109,3 +110,10 @@ def assert_weighted(actual, wanted, plain, tolerance=1e-10):
     """Compare with the explicitly weighted gradients, which must be far from the plain ones."""
     assert distance(plain, wanted) > max(0.05, 10 * tolerance), "the weights make no difference here"
     assert distance(actual, wanted) <= tolerance
+
+
+def in_epsilon(loss, t, scheduler):
+    """Turn errors of a scheduler's own target into those of epsilon, the tracker's unit."""
+    schedule = snrweights.as_schedule(scheduler)
+    log_snr = schedule.log_snr(t)
+    return convert_log_weight(loss.log(), log_snr, "epsilon", schedule.prediction_type, schedule.sigma_data).exp()

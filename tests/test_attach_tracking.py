@@ -22,6 +22,7 @@ from diffusers import (
 
 import snrweights
 from snrweights import per_sample_mse
+from snrweights.predictions import log_error_ratio
 
 T = INDICES
 
@@ -41,7 +42,11 @@ def tracked(handle, t, scheduler):
     assert len(set(bins.tolist())) == len(t)
     assert bool((statistics.count[bins] > 0).all())
     assert int(statistics.count.gt(0).sum()) == len(t)
-    return statistics.mean[bins]
+    output_type = handle._live.output_type
+    assert statistics.unit == "epsilon"
+    sigma_data = handle._live.schedule.sigma_data
+    ratio = log_error_ratio(output_type, log_snr, sigma_data) - log_error_ratio("epsilon", log_snr, sigma_data)
+    return statistics.mean[bins] * ratio.exp()
 
 
 @pytest.mark.parametrize("method", ["min_snr", None])

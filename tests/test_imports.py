@@ -13,8 +13,8 @@ PACKAGE = Path(snrweights.__file__).parent
 # a module imports from lower floors only; a new module must be given one
 FLOORS = [
     {"schedules", "predictions", "settings", "version"},
-    {"schedulers", "densities", "tracking", "process"},
-    {"drawn"},
+    {"schedulers", "densities", "process", "statistics"},
+    {"drawn", "tracking"},
     {"weightings.base"},
     {"weightings.classic", "weightings.clipped", "weightings.objectives", "weightings.parity"},
     {"weightings"},

@@ -344,11 +344,11 @@ def test_the_report_says_what_was_weighted_and_what_was_passed_over(here):
     }
     assert (audit["steps"], audit["constant"]) == (2, True)
     assert audit["target_as_expected"] is False  # the script's target is the noise, whatever the scheduler says
-    assert set(loss) == {"edges", "count", "mean", "variance"}
-    assert sum(loss["count"]) == 8
-    assert [value is None for value in loss["mean"]] == [count == 0 for count in loss["count"]]
+    assert set(loss) == {"unit", "variance_within", "variance_between", "bins"}
+    assert sum(row["count"] for row in loss["bins"]) == 8
+    assert all((row["mean"] is None) == (row["count"] == 0) for row in loss["bins"])
     tracked = LossVarianceTracker.load("new/tracks/tracker.safetensors").compute()
-    assert tracked.count.tolist() == loss["count"]
+    assert tracked.count.tolist() == [row["count"] for row in loss["bins"]]
 
 
 def test_the_tracked_losses_are_the_scripts_own_under_gradient_accumulation(here, capfd):

@@ -1,5 +1,8 @@
 """The tracker against numpy, its file, and its refusals."""
 
+import csv
+import io
+import json
 import math
 from itertools import pairwise
 
@@ -10,6 +13,7 @@ from cases import NoHostSync
 from safetensors.torch import load_file, save_file
 
 from snrweights import LossVarianceTracker
+from snrweights.densities import logit_normal
 
 
 def batch(size, seed):
@@ -136,7 +140,7 @@ def test_a_file_keeps_bins_and_moments_exactly(tmp_path):
 def test_a_state_continues_elsewhere_and_is_a_copy():
     tracker, other = filled(), LossVarianceTracker()
     state = tracker.state_dict()
-    assert sorted(state) == ["edges", "moments"]
+    assert sorted(state) == ["edges", "moments", "moments_before", "updates"]
     other.load_state_dict(state)
     assert_same(other, tracker)
     other.update(*batch(10, 1))
@@ -145,9 +149,9 @@ def test_a_state_continues_elsewhere_and_is_a_copy():
 
 def test_a_state_with_other_bins_is_refused_with_both_named():
     tracker = LossVarianceTracker()
-    with pytest.raises(ValueError, match=r"other bins: 7 from -5 to 9, this tracker 40 from -16 to 16\."):
+    with pytest.raises(ValueError, match=r"other bins: 7 bins from -5 to 9; this tracker has 40 bins from -16 to 16\."):
         tracker.load_state_dict(filled(bins=7, low=-5.0, high=9.0).state_dict())
-    with pytest.raises(ValueError, match=r"other bins: 40 from -16 to 15, this tracker 40 from -16 to 16\."):
+    with pytest.raises(ValueError, match=r"bins: 40 bins from -16 to 15; this tracker has 40 bins from -16 to 16\."):
         tracker.load_state_dict(filled(high=15.0).state_dict())
     assert tracker.compute().count.sum() == 0
 
@@ -182,7 +186,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     filled().save(path)
     old = load_file(path)
     monkeypatch.setattr(
-        "snrweights.tracking.save_file", lambda state, path: (_ for _ in ()).throw(OSError("disk full"))
+        "snrweights.tracking.save_file", lambda state, path, metadata: (_ for _ in ()).throw(OSError("disk full"))
     )
     with pytest.raises(OSError, match="disk full"):
         filled(bins=3).save(path)
@@ -223,4 +227,194 @@ def test_a_bad_argument_is_named(run, message):
 
 
 def test_repr_names_the_bins():
-    assert repr(LossVarianceTracker()) == "LossVarianceTracker(bins=40, low=-16, high=16)"
+    assert repr(LossVarianceTracker()) == "LossVarianceTracker(40 bins from -16 to 16, unit=None)"
+
+
+# units ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["epsilon", "sample", "v_prediction", "flow_prediction", "edm"])
+def test_losses_of_every_target_are_counted_in_one_unit(target):
+    log_snr = torch.linspace(-7.9, 7.9, 20, dtype=torch.float64)
+    x0_error = torch.rand(20, dtype=torch.float64)
+    snr = log_snr.exp()
+    ratio = {
+        "epsilon": snr,
+        "sample": 1.0,
+        "v_prediction": 1 + snr,
+        "flow_prediction": (1 + snr.sqrt()) ** 2,
+        "edm": snr + 1 / 0.5**2,
+    }
+    tracker = LossVarianceTracker(bins=20, low=-8, high=8, unit="epsilon", sigma_data=0.5)
+    tracker.update(ratio[target] * x0_error, log_snr, prediction_type=target)
+    assert tracker.compute().unit == "epsilon"
+    torch.testing.assert_close(tracker.compute().mean, snr * x0_error, rtol=1e-12, atol=0)
+
+
+def test_without_a_unit_there_is_nothing_to_convert_to():
+    with pytest.raises(ValueError, match="`prediction_type` 'sample' was given to a tracker without a unit"):
+        LossVarianceTracker().update(torch.ones(1), torch.zeros(1), prediction_type="sample")
+    with pytest.raises(ValueError, match="Unknown prediction_type 'noise'"):
+        LossVarianceTracker(unit="noise")
+
+
+# bins, windows, decay, snapshots ----------------------------------------------------------------------------------
+
+
+def test_bins_of_equal_mass_hold_equal_counts():
+    density = logit_normal()
+    tracker = LossVarianceTracker(bins=10, density=density)
+    log_snr = density.icdf((torch.arange(1000, dtype=torch.float64) + 0.5) / 1000)
+    tracker.update(torch.ones(1000), log_snr)
+    assert tracker.compute().count.tolist() == [100] * 10
+    with pytest.raises(ValueError, match="10 bins of equal mass under .* do not fit between 0 and 1"):
+        LossVarianceTracker(bins=10, low=0, high=1, density=density)
+
+
+def test_a_window_forgets():
+    tracker = LossVarianceTracker(bins=1, window=3)
+    for i in range(10):
+        tracker.update(torch.full((2,), float(i)), torch.zeros(2))
+        seen = list(range(max(0, 3 * (i // 3 + (i % 3 == 2)) - 3), i + 1)) if i >= 2 else list(range(i + 1))
+        assert tracker.compute().count.item() == 2 * len(seen)
+        assert tracker.compute().mean.item() == pytest.approx(sum(seen) / len(seen))
+
+
+def test_decay_is_a_decaying_sum():
+    tracker = LossVarianceTracker(bins=1, decay=0.9)
+    losses = torch.rand(50, 4, dtype=torch.float64)
+    for loss in losses:
+        tracker.update(loss, torch.zeros(4))
+    factor = 0.9 ** torch.arange(49, -1, -1, dtype=torch.float64)
+    mean = (factor[:, None] * losses).sum() / (4 * factor.sum())
+    assert tracker.compute().mean.item() == pytest.approx(mean.item(), rel=1e-12)
+    assert tracker.compute().count.item() == pytest.approx(4 * factor.sum().item(), rel=1e-12)
+    second = (factor[:, None] * losses**2).sum() / (4 * factor.sum())
+    assert tracker.compute().second_moment.item() == pytest.approx(second.item(), rel=1e-12)
+
+
+def test_snapshots_are_the_sums_up_to_their_step(tmp_path):
+    tracker, plain = LossVarianceTracker(snapshot_every=2), LossVarianceTracker()
+    counts = []
+    for i in range(7):
+        tracker.update(*batch(10, i))
+        plain.update(*batch(10, i))
+        if i % 2:
+            counts.append((i + 1, plain.compute().count))
+    history = tracker.history()
+    assert [step for step, _ in history] == [2, 4, 6]
+    for (step, count), (expected_step, expected) in zip(
+        [(step, statistics.count) for step, statistics in history], counts, strict=True
+    ):
+        assert step == expected_step
+        assert torch.equal(count, expected)
+    tracker.save(tmp_path / "tracker.safetensors")
+    loaded = LossVarianceTracker.load(tmp_path / "tracker.safetensors")
+    assert [step for step, _ in loaded.history()] == [2, 4, 6]
+    assert torch.equal(loaded.history()[1][1].count, counts[1][1])
+
+
+def test_snapshots_take_a_bounded_memory():
+    tracker = LossVarianceTracker(bins=2, snapshot_every=1)
+    for _ in range(1000):
+        tracker.update(torch.ones(1), torch.zeros(1))
+    steps = [step for step, _ in tracker.history()]
+    assert len(steps) <= 256
+    assert steps == sorted(steps)
+    assert steps[-1] == 1000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decay": 1.0}, r"`decay` must lie in \(0, 1\), got 1.0"),
+        ({"decay": 0.5, "window": 3}, "`decay` or `window`, not both"),
+        ({"window": 0}, "`window` must be >= 1, got 0"),
+        ({"snapshot_every": 0}, "`snapshot_every` must be >= 1, got 0"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        LossVarianceTracker(**options)
+
+
+# processes, one after the other ------------------------------------------------------------------------------------
+
+
+def test_two_processes_with_uneven_batches_are_one():
+    """Each "process" holds its tracker; the reduction adds what both have pending."""
+    one, trackers = LossVarianceTracker(), [LossVarianceTracker(), LossVarianceTracker()]
+    for rank, tracker in enumerate(trackers):
+        for i in range(3 + rank):  # the last batch is on one process only
+            tracker.update(*batch(10 + rank, 10 * rank + i))
+            one.update(*batch(10 + rank, 10 * rank + i))
+    summed = sum(tracker._pending for tracker in trackers)
+    for tracker in trackers:
+        tracker.reduce = lambda moments: summed
+        tracker.sync()
+        for name in ("mean", "variance"):
+            torch.testing.assert_close(
+                getattr(tracker.compute(), name), getattr(one.compute(), name), rtol=1e-12, atol=1e-12, equal_nan=True
+            )
+        assert torch.equal(tracker.compute().count, one.compute().count)
+    state = trackers[0].state_dict()  # no collective: pending losses are not in it
+    trackers[0].update(*batch(10, 0))
+    assert torch.equal(trackers[0].state_dict()["moments"], state["moments"])
+
+
+# gradients and reports ---------------------------------------------------------------------------------------------
+
+
+def test_gradient_moments_are_kept_beside_the_losses():
+    tracker = LossVarianceTracker(bins=2, low=-1, high=1)
+    log_snr = torch.tensor([-0.5, -0.5, 0.5])
+    tracker.update(torch.ones(3), log_snr)
+    assert bool(tracker.compute().gradient_square.isnan().all())
+    tracker.update(torch.ones(3), log_snr, gradient_square=torch.tensor([1.0, 3.0, math.inf]))
+    assert tracker.compute().gradient_square.tolist()[0] == 2
+    assert math.isnan(tracker.compute().gradient_square[1])
+    with pytest.raises(ValueError, match=r"`gradient_square` must have shape \(3,\), got \(2,\)"):
+        tracker.update(torch.ones(3), log_snr, gradient_square=torch.ones(2))
+
+
+def test_both_terms_add_up_to_the_variance():
+    loss, log_snr = batch(5000, 3)
+    tracker = LossVarianceTracker(low=-50, high=50)
+    tracker.update(loss, log_snr)
+    seen = loss[loss.isfinite() & ~log_snr.isnan()].double()
+    within, between = tracker.compute().total_variance()
+    assert within > 0
+    assert between > 0
+    assert within + between == pytest.approx(seen.var(correction=0).item(), rel=1e-9)
+
+
+def test_reports_say_the_same_in_every_form():
+    tracker = LossVarianceTracker(bins=4, low=-2, high=2, unit="epsilon")
+    tracker.update(torch.tensor([1.0, 3.0, 5.0, math.nan]), torch.tensor([-1.5, -1.5, 0.5, 0.5]))
+    statistics = tracker.compute()
+    written = json.loads(statistics.to_json())
+    assert written["unit"] == "epsilon"
+    assert [row["count"] for row in written["bins"]] == [2, 0, 1, 0]
+    assert written["bins"][0]["second_moment"] == 5
+    assert written["bins"][1]["mean"] is None
+    table = list(csv.DictReader(io.StringIO(statistics.to_csv())))
+    assert [row["count"] for row in table] == ["2", "0", "1", "0"]
+    assert float(table[0]["variance"]) == 1
+    assert table[1]["mean"] == ""
+    text = str(statistics)
+    assert "-2.00 to -1.00" in text
+    assert "1 losses were not finite" in text
+    assert len(text.splitlines()) == 1 + 2 + 2  # a head, two bins, variance, not finite
+    scalars = statistics.scalars()
+    assert scalars["loss_by_noise/mean_at_-1.5"] == 2
+    assert scalars["loss_by_noise/std_at_-1.5"] == 1
+    assert scalars["loss_by_noise/variance_within"] == pytest.approx(2 / 3)
+    assert str(LossVarianceTracker().compute()) == "no losses seen"
+
+
+@pytest.mark.parametrize("name", ["edges", "moments", "moments_before"])
+def test_a_damaged_state_is_refused(name):
+    state = filled().state_dict()
+    state[name][..., 0] = math.nan
+    with pytest.raises(ValueError, match="damaged"):
+        LossVarianceTracker().load_state_dict(state)

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import snrweights
 
+LOSS_ROWS = 4  # of a tracker's moments; below them are those of gradients
 STEPS, GLOBAL_BATCH, LEARNING_RATE = 4, 8, 0.1
 METHOD = {"method": "min_snr", "gamma": 0.1}
 SCHEDULER = DDPMScheduler()
@@ -96,7 +97,7 @@ def explicit(kind, weighted=range(STEPS), dtype=torch.float64):
 
     for step in range(STEPS):
         train(model, optimizer, kind, [step], weighted_mse)
-    return model.state_dict(), tracker.state_dict()["moments"]
+    return model.state_dict(), tracker.state_dict()["moments"][:LOSS_ROWS]
 
 
 def attached(kind):
@@ -197,7 +198,7 @@ def run(wrapping, when, rank, world):
         loop(range(STEPS))
     tensors = whole_parameters(model)
     if handle.tracker is not None:
-        tensors["moments"] = handle.tracker.state_dict()["moments"]
+        tensors["moments"] = handle.tracker.state_dict()["moments"][:LOSS_ROWS]
     return tensors, {
         "weighted": handle.weighted,
         "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],

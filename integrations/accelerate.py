@@ -1,0 +1,103 @@
+"""A tracker in an Accelerate script: summed over processes, saved and restored with its state, logged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from snrweights.tracking import LossVarianceTracker
+
+FILE = "tracker.safetensors"
+
+
+class SumOverProcesses:
+    """``Accelerator.reduce`` as a sum, for ``LossVarianceTracker(reduce=...)``."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
+
+    def __call__(self, moments: Tensor) -> Tensor:
+        """Return the sum over processes, on each of them."""
+        summed: Tensor = self.accelerator.reduce(moments, reduction="sum")
+        return summed
+
+
+class _Hooks:
+    """What ``attach_to`` registers."""
+
+    def __init__(self, tracker: LossVarianceTracker, accelerator: Any, file: str) -> None:
+        self.tracker, self.accelerator, self.file = tracker, accelerator, file
+
+    def save(self, models: Any, weights: Any, output_dir: str) -> None:
+        del models, weights
+        self.tracker.sync()
+        if self.accelerator.is_main_process:
+            self.tracker.save(Path(output_dir) / self.file)
+
+    def load(self, models: Any, input_dir: str) -> None:
+        del models
+        self.tracker.load_state_dict(LossVarianceTracker.load(Path(input_dir) / self.file).state_dict())
+
+
+class Attached:
+    """What ``attach_to`` returns: ``detach()`` takes the tracker off the Accelerator again."""
+
+    def __init__(self, handles: list[Any], tracker: LossVarianceTracker) -> None:
+        self._handles, self._tracker = handles, tracker
+
+    def detach(self) -> None:
+        """No longer save, load or reduce the tracker; doing so twice is no error."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._tracker.reduce = [], None
+
+
+def attach_to(tracker: LossVarianceTracker, accelerator: Any, file: str = FILE) -> Attached:
+    """Let a tracker count over all processes, and save and restore it with the Accelerator's state.
+
+    ``accelerator.save_state(folder)`` syncs the tracker and writes ``folder/tracker.safetensors``;
+    ``accelerator.load_state(folder)`` reads it, on any number of processes. Nothing is pickled.
+
+    Args:
+        tracker: updated by each process with its own batches.
+        accelerator: an ``accelerate.Accelerator``.
+        file: name of the file, for a second tracker.
+
+    Returns:
+        A handle with ``detach()``.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from accelerate import Accelerator
+        >>> tracker, accelerator = LossVarianceTracker(), Accelerator(cpu=True)
+        >>> handle = attach_to(tracker, accelerator)
+        >>> tracker.update(torch.ones(2), torch.zeros(2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = accelerator.save_state(folder)
+        ...     tracker.reset()
+        ...     accelerator.load_state(folder)
+        >>> int(tracker.compute().count.sum())
+        2
+        >>> handle.detach()
+    """
+    hooks = _Hooks(tracker, accelerator, file)
+    tracker.reduce = SumOverProcesses(accelerator)
+    return Attached(
+        [
+            accelerator.register_save_state_pre_hook(hooks.save),
+            accelerator.register_load_state_pre_hook(hooks.load),
+        ],
+        tracker,
+    )
+
+
+def log_loss_by_noise(accelerator: Any, tracker: LossVarianceTracker, step: int, prefix: str = "loss_by_noise") -> None:
+    """Sync the tracker and log mean and standard deviation per bin, and both terms of the variance.
+
+    Every process calls it; ``accelerator.log`` writes on the main one.
+    """
+    tracker.sync()
+    accelerator.log(tracker.compute().scalars(prefix), step=step)
