@@ -76,8 +76,8 @@ class LiveWeighting:
     def tracked_as(self, log_snr: Tensor) -> tuple[str | None, Tensor | float]:
         """Return the prediction type of the output, and the weight that the loss has on its MSE.
 
-        A flow's or EDM's output is what such a scheduler implies, and a loss that was said to be on another target is on
-        that target made from it. A discrete scheduler's config can be wrong: what was given stands for the output.
+        A flow's or EDM's output is what such a scheduler implies, and a loss that was said to be on another target is
+        on that target made from it. A discrete scheduler's config can be wrong: what was given stands for the output.
         """
         given, output = self.options["prediction_type"], self.output_type
         if given is None or given == output or isinstance(self.schedule, DiscreteSchedule):

@@ -267,7 +267,7 @@ def test_bins_of_equal_mass_hold_equal_counts():
     log_snr = density.icdf((torch.arange(1000, dtype=torch.float64) + 0.5) / 1000)
     tracker.update(torch.ones(1000), log_snr)
     assert tracker.compute().count.tolist() == [100] * 10
-    with pytest.raises(ValueError, match="10 bins of equal mass under .* do not fit between 0 and 1"):
+    with pytest.raises(ValueError, match=r"10 bins of equal mass under .* do not fit between 0 and 1"):
         LossVarianceTracker(bins=10, low=0, high=1, density=density)
 
 
