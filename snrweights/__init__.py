@@ -9,7 +9,8 @@ tensor([0.0110, 1.0000])
 from typing import TYPE_CHECKING, Any
 
 from snrweights import weightings  # registers the weightings
-from snrweights.doctor import Diagnosis, Finding, doctor
+from snrweights.doctor import Diagnosis, doctor
+from snrweights.findings import Finding
 from snrweights.losses import loss_weight, per_sample_mse, weighted_loss
 from snrweights.objective import Objective, objective
 from snrweights.schedulers import as_schedule

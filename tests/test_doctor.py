@@ -20,7 +20,8 @@ from diffusers import (
 
 import snrweights
 from snrweights.cli import main
-from snrweights.doctor import CHECKS, WEIGHT_FLAGS, doctor
+from snrweights.doctor import doctor
+from snrweights.findings import CHECKS, WEIGHT_FLAGS
 from snrweights.plots import plot_diagnosis
 from snrweights.weightings.base import Weighting, hyper
 

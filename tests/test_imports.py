@@ -20,6 +20,7 @@ FLOORS = [
     {"weightings"},
     {"losses"},
     {"objective", "recognition"},
+    {"findings"},
     {"doctor"},
     {"report", "plots"},
     {"cli"},
