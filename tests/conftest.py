@@ -21,3 +21,11 @@ def _no_audit_is_left():
     audit = sys.modules.get("snrweights.integrations.audit")
     for left in list(audit._LISTENING) if audit else ():
         left.stop()
+
+
+@pytest.fixture(autouse=True)
+def _the_process_is_as_before():
+    """A script that is run in this process stays its ``__main__``, which children of later tests would run again."""
+    main, argv, path = sys.modules["__main__"], sys.argv, sys.path[:]
+    yield
+    sys.modules["__main__"], sys.argv, sys.path[:] = main, argv, path
