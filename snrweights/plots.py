@@ -245,7 +245,8 @@ def plot_history(history: Sequence[tuple[int, LossStatistics]]) -> Figure:
     figure = _figure(1)
     ax = figure.subplots()
     values = torch.stack(columns, 1)[low:high]
-    mesh = ax.pcolormesh(steps, edges[low : high + 1], values, norm="log", cmap="viridis", rasterized=True)
+    levels = edges[low : high + 1].numpy()
+    mesh = ax.pcolormesh(steps, levels, values.numpy(), norm="log", cmap="viridis", rasterized=True)
     unit = history[0][1].unit
     figure.colorbar(mesh, label=f"mean squared error of {unit}" if unit else "loss")
     ax.set_title("unweighted loss by noise level over training", fontsize=10)
