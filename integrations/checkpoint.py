@@ -106,7 +106,10 @@ class Checkpoints:
         return None
 
     def load(self, path: Path) -> tuple[int, dict[str, Tensor]]:
-        """Return the step and the state of a checkpoint."""
+        """Return the step and the state of a checkpoint; what a kill kept from being pruned before it is removed."""
+        if self._accelerator.is_main_process and path in self.all():
+            for surplus in self._surplus(path):
+                shutil.rmtree(surplus)
         return int(json.loads((path / _MANIFEST).read_text())["step"]), load_file(path / _STATE)
 
     def clear(self) -> None:
@@ -116,9 +119,13 @@ class Checkpoints:
     def _prune(self, newest: Path) -> None:
         """Remove what is newer than the run, damaged or left by one that went further, then all but the last few."""
         paths = self.all()
-        end = paths.index(newest) + 1
-        for path in paths[end:] + (paths[: max(0, end - self._keep)] if self._keep else []):
+        for path in paths[paths.index(newest) + 1 :] + self._surplus(newest):
             shutil.rmtree(path)
+
+    def _surplus(self, newest: Path) -> list[Path]:
+        """Return those before the last few up to ``newest``."""
+        paths = self.all()
+        return paths[: max(0, paths.index(newest) + 1 - self._keep)] if self._keep else []
 
 
 def _write_manifest(folder: Path, step: int) -> None:

@@ -81,6 +81,18 @@ def test_killed_at_twenty_random_moments_it_ends_bit_equal(whole, tmp_path):
         assert losses(run) == losses(whole)
 
 
+def test_what_a_kill_kept_from_being_pruned_is_pruned_by_the_next_run(whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    last = run / "checkpoints" / names(whole)[-1]
+    shutil.copytree(run / "checkpoints" / names(whole)[0], run / "checkpoints" / "step-00000001")
+    child = start([*EVERY_THREE, "--output-dir", str(run), "--resume", "latest"])
+    child.join()
+    assert child.exitcode == 0
+    assert last.is_dir()
+    assert names(run) == names(whole)
+
+
 def losses(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [(line["step"], line.get("loss"), line.get("validation_loss")) for line in lines]
