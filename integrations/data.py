@@ -13,6 +13,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from snrweights.seeds import generator
+
 
 def load_images(
     source: str, *, name: str | None = None, split: str = "train", column: str = "image"
@@ -180,14 +182,3 @@ class SeededBatches(torch.utils.data.Sampler[list[int]]):
                 order, current = torch.randperm(self._size, generator=generator(self._seed, 0, epoch)), epoch
             start = batch * span + self._rank * self._batch_size
             yield order[start : start + self._batch_size].tolist()
-
-
-def generator(*keys: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a generator whose stream is a function of the keys (seed, step, ...), each non-negative."""
-    return torch.Generator(device).manual_seed(seed_of(*keys))
-
-
-def seed_of(*keys: int) -> int:
-    """Hash keys into a seed for torch."""
-    # SeedSequence pads with zeros: without the count (1,) and (1, 0) would be one stream
-    return int(np.random.SeedSequence((len(keys), *keys)).generate_state(1, np.uint64)[0])

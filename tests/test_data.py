@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from snrweights.integrations.data import ImageTensors, SeededBatches, generator, load_images
+from snrweights.integrations.data import ImageTensors, SeededBatches, load_images
+
+from snrweights.seeds import generator
 
 
 @pytest.fixture

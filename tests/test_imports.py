@@ -12,7 +12,7 @@ PACKAGE = Path(snrweights.__file__).parent
 
 # a module imports from lower floors only; a new module must be given one
 FLOORS = [
-    {"schedules", "predictions", "settings", "version"},
+    {"schedules", "predictions", "seeds", "settings", "version"},
     {"schedulers", "densities", "process", "statistics"},
     {"drawn", "tracking"},
     {"weightings.base"},

@@ -1,0 +1,194 @@
+"""What examples/train.py trains: the network, the weighting, and one optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMPipeline, UNet2DModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from options import Options
+from snrweights.integrations.accelerate import SumOverProcesses
+from snrweights.integrations.checkpoint import (
+    copy_whole,
+    load_model_and_optimizer_state,
+    model_and_optimizer_state,
+    whole,
+)
+from snrweights.integrations.processes import Process
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+import snrweights
+from snrweights.seeds import generator, seed_of
+from snrweights.settings import parse_settings
+from snrweights.statistics import LossStatistics
+
+NOISE, VALIDATION, SAMPLES, MEASURE, SPLIT, DROPOUT = range(1, 7)  # streams of random numbers, beside the seed
+
+
+def make_model(options: Options) -> UNet2DModel:
+    """Return the network, its weights drawn from the seed."""
+    model = options.model
+    torch.manual_seed(options.run.seed)
+    unet = UNet2DModel(
+        sample_size=options.data.resolution,
+        in_channels=options.data.channels,
+        out_channels=options.data.channels,
+        layers_per_block=model.layers_per_block,
+        block_out_channels=model.block_out_channels,
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in model.attention),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(model.attention)),
+        dropout=model.dropout,
+        num_class_embeds=model.num_classes + 1 if model.num_classes else None,  # the last stands for no class
+    )
+    if model.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return unet
+
+
+class Trainer:
+    """Model, weighting and optimizer, and one step of training them.
+
+    Whatever is random is a function of (seed, forward pass): noise and timesteps are drawn for the global batch, of
+    which every process takes its slice, so that neither a restart nor the number of processes changes a run. (But
+    dropout in the network is drawn per process.)
+    """
+
+    def __init__(self, options: Options, accelerator: Accelerator, process: Process) -> None:
+        self.options, self.accelerator, self.process = options, accelerator, process
+        weighting = snrweights.get_weighting(options.weight.method, **parse_settings(options.weight.set))
+        self.weight = weighting.bind(
+            process.schedule,
+            prediction_type=process.prediction_type,
+            density=process.density,
+            normalize="mean" if options.weight.normalize == "mean" else None,
+            clamp_max=options.weight.clamp_max,
+        )
+        self.tracker = self.make_tracker(reduce=SumOverProcesses(accelerator))
+        model = process.wrap(make_model(options))
+        optimizer = torch.optim.Adam(model.parameters(), lr=options.optimizer.learning_rate)
+        schedule = get_scheduler(
+            options.optimizer.lr_scheduler,
+            optimizer,
+            num_warmup_steps=options.optimizer.lr_warmup_steps,
+            num_training_steps=options.optimizer.max_steps + 1,  # so that the last step is not one of rate 0
+        )
+        self._lr_factor = schedule.lr_lambdas[0]
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        fused = not isinstance(self.model, FSDPModule)  # sharded tensors have no fused copy
+        self.ema = EMAModel(self.model.parameters(), decay=options.optimizer.ema_decay, foreach=fused)
+        self.ema.to(accelerator.device)
+
+    def draw(self, images: Tensor, labels: Tensor, forward: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Flip images, drop labels, and draw noise and timesteps for forward pass number ``forward``."""
+        rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
+        here = slice(len(images) * rank, len(images) * (rank + 1))
+        stream = generator(self.options.run.seed, NOISE, forward, device=device)
+        everywhere = (len(images) * world, *images.shape[1:])
+        noise = torch.randn(everywhere, generator=stream, device=device)[here]
+        u, flip, drop = torch.rand((3, everywhere[0]), generator=stream, device=device)[:, here]
+        if self.options.data.random_flip:
+            images = torch.where(flip[:, None, None, None] < 0.5, images.flip(-1), images)
+        labels = torch.where(drop < self.options.model.class_dropout, self.options.model.num_classes, labels)
+        return images, noise, self.process.timesteps(u), labels
+
+    def losses(self, images: Tensor, noise: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the unweighted loss of each sample, and its log-SNR."""
+        log_snr = self.process.schedule.log_snr(t)
+        x, target = self.process.noisy_and_target(images, noise, log_snr)
+        classes = {"class_labels": labels} if self.options.model.num_classes else {}
+        return snrweights.per_sample_mse(self.model(x, t, **classes), target), log_snr
+
+    def step(self, step: int, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+        """Make optimizer step number ``step``, from 1; return the weighted loss, on the device."""
+        accumulate, device = self.options.optimizer.gradient_accumulation_steps, self.accelerator.device
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        total = torch.zeros((), device=device)
+        for forward in range((step - 1) * accumulate, step * accumulate):
+            images, labels = (part.to(device, non_blocking=True) for part in next(batches))
+            if self.options.model.dropout:
+                torch.manual_seed(seed_of(self.options.run.seed, DROPOUT, forward, self.accelerator.process_index))
+            with self.accelerator.accumulate(self.model):
+                images, noise, t, labels = self.draw(images, labels, forward)
+                losses, log_snr = self.losses(images, noise, t, labels)
+                self.tracker.update(losses, log_snr, prediction_type=self.process.prediction_type)
+                loss = (self.weight(t) * losses).mean()
+                self.accelerator.backward(loss)
+                total += loss.detach() / accumulate
+                if self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.optimizer.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        self.ema.step(self.model.parameters())
+        return total
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of step number ``step``, from 1."""
+        return self.options.optimizer.learning_rate * self._lr_factor(step)
+
+    @torch.no_grad()
+    def validate(self, held_out: tuple[Tensor, Tensor]) -> LossStatistics:
+        """Measure the averaged weights on held-out images: each at four noise levels, the same every time."""
+        images, labels = (part.repeat_interleave(4, 0) for part in held_out)
+        stream = generator(self.options.run.seed, VALIDATION)
+        noise = torch.randn(images.shape, generator=stream)
+        u = (torch.randperm(len(images), generator=stream) + 0.5) / len(images)
+        tracker = self.make_tracker()
+        parts = zip(
+            *(x.split(self.options.optimizer.train_batch_size) for x in (images, noise, u, labels)), strict=True
+        )
+        self.ema.store(self.model.parameters())
+        self.ema.copy_to(self.model.parameters())
+        self.model.eval()
+        for batch in parts:
+            images, noise, u, labels = (part.to(self.accelerator.device) for part in batch)
+            losses, log_snr = self.losses(images, noise, self.process.timesteps(u), labels)
+            tracker.update(losses, log_snr, prediction_type=self.process.prediction_type)
+        self.model.train()
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # without a backward it still holds the whole weights
+        self.ema.restore(self.model.parameters())
+        return tracker.compute()
+
+    def make_tracker(self, **options: Any) -> snrweights.LossVarianceTracker:
+        """Return a tracker of the error of epsilon, whatever the model predicts."""
+        return snrweights.LossVarianceTracker(unit="epsilon", sigma_data=self.process.schedule.sigma_data, **options)
+
+    def state(self, running: Tensor) -> dict[str, Tensor]:
+        """Return everything that a step changes, whole tensors; every process calls it."""
+        averages = {f"ema.{i}": whole(value) for i, value in enumerate(self.ema.shadow_params)}
+        self.tracker.sync()
+        tracked = {f"tracker.{name}": value for name, value in self.tracker.state_dict().items()}
+        scaler = self.accelerator.scaler
+        scale = {f"scaler.{key}": torch.tensor(value) for key, value in (scaler.state_dict() if scaler else {}).items()}
+        learnt = model_and_optimizer_state(self.model, self.optimizer.optimizer)
+        return {**learnt, **averages, **tracked, **scale, "running": self.accelerator.reduce(running, "mean")}
+
+    def restore(self, step: int, state: dict[str, Tensor]) -> Tensor:
+        """Take over the state of a checkpoint; return the running loss."""
+        load_model_and_optimizer_state(self.model, self.optimizer.optimizer, state)
+        if self.accelerator.scaler:
+            scale = {name.removeprefix("scaler."): value.item() for name, value in state.items() if "scaler." in name}
+            self.accelerator.scaler.load_state_dict(scale)
+        self.ema.optimization_step = step
+        for i, value in enumerate(self.ema.shadow_params):
+            copy_whole(value, state[f"ema.{i}"])
+        tracked = {name.removeprefix("tracker."): value for name, value in state.items() if "tracker." in name}
+        self.tracker.load_state_dict(tracked)
+        return state["running"].to(self.accelerator.device)
+
+    def save_model(self, folder: Path) -> None:
+        """Save the averaged weights as a pipeline; every process calls it."""
+        self.ema.copy_to(self.model.parameters())
+        weights = self.accelerator.get_state_dict(self.model)
+        if self.accelerator.is_main_process:
+            unet = make_model(self.options)
+            unet.load_state_dict({name.split("model.", 1)[1]: value for name, value in weights.items()})
+            DDPMPipeline(unet, self.process.scheduler).save_pretrained(folder)
+        self.accelerator.wait_for_everyone()
