@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 from snrweights import weightings  # registers the weightings
 from snrweights.doctor import Diagnosis, doctor
 from snrweights.findings import Finding
+from snrweights.importance import ImportanceSampler
 from snrweights.losses import loss_weight, per_sample_mse, weighted_loss
+from snrweights.measure import data_variance
 from snrweights.objective import Objective, objective
+from snrweights.samplers import Draw, TimestepSampler
 from snrweights.schedulers import as_schedule
 from snrweights.schedules import CosineSchedule, DiscreteSchedule, EDMSchedule, FlowSchedule
 from snrweights.tracking import LossVarianceTracker
@@ -35,16 +38,20 @@ __all__ = [
     "CosineSchedule",
     "Diagnosis",
     "DiscreteSchedule",
+    "Draw",
     "EDMSchedule",
     "Finding",
     "FlowSchedule",
+    "ImportanceSampler",
     "LossVarianceTracker",
     "Match",
     "Objective",
+    "TimestepSampler",
     "Weighting",
     "__version__",
     "as_schedule",
     "attach",
+    "data_variance",
     "doctor",
     "get_weighting",
     "hyper",

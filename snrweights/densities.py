@@ -201,6 +201,33 @@ class Laplace:
 
 
 @dataclass(frozen=True)
+class Logistic:
+    """Logistic density, p = sigmoid(z) sigmoid(-z) / scale with z = (l - loc) / scale.
+
+    With ``loc = -ln(data variance)`` and scale 1 it is where ``auto`` draws for EDM's network.
+
+    Example:
+        >>> Logistic().log_prob(torch.zeros(1)).exp()
+        tensor([0.2500], dtype=torch.float64)
+    """
+
+    loc: float = 0.0
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive("scale", self.scale)
+
+    def log_prob(self, log_snr: Tensor) -> Tensor:
+        """Return ln p, any shape."""
+        z = ((exact(log_snr) - self.loc) / self.scale).abs()
+        return -z - 2 * softplus(-z) - math.log(self.scale)
+
+    def icdf(self, u: Tensor) -> Tensor:
+        """Return the quantile of u."""
+        return self.loc + self.scale * torch.logit(exact(u))
+
+
+@dataclass(frozen=True)
 class Cauchy:
     """Cauchy density, p = 1 / (pi scale (1 + ((l - loc) / scale)²)) (Hang 2024, arXiv 2407.03297).
 
@@ -280,6 +307,7 @@ DENSITIES = {
     "logit_normal": logit_normal,
     "log_uniform": LogUniform,
     "laplace": Laplace,
+    "logistic": Logistic,
     "cauchy": Cauchy,
     "mode": Mode,
 }

@@ -235,6 +235,11 @@ class CosineSchedule:
         ratio = torch.log(torch.sin(math.pi / 2 * (1 - t))) - torch.log(torch.sin(math.pi / 2 * t))
         return 2 * ratio + 2 * math.log(64 / self.resolution)
 
+    def timestep_of(self, log_snr: Tensor) -> Tensor:
+        """Return the t of ``log_snr``, same shape, float64."""
+        log_snr = log_snr.to(exact_dtype(log_snr.device))
+        return 2 / math.pi * torch.atan(torch.exp((2 * math.log(64 / self.resolution) - log_snr) / 2))
+
     def check(self, t: Tensor) -> None:
         """Raise ValueError where ``t`` is outside [t_min, t_max] or NaN."""
         _check_range(t, self.t_min, self.t_max)
@@ -278,6 +283,11 @@ class FlowSchedule:
         s = t.to(exact_dtype(t.device)) / self.num_train_timesteps
         noise, signal = (1 - s, s) if self.reversed else (s, 1 - s)
         return 2 * (torch.log(signal) - torch.log(noise))
+
+    def timestep_of(self, log_snr: Tensor) -> Tensor:
+        """Return the t of ``log_snr``, same shape, float64."""
+        half = log_snr.to(exact_dtype(log_snr.device)) / 2
+        return torch.sigmoid(half if self.reversed else -half) * self.num_train_timesteps
 
     def check(self, t: Tensor) -> None:
         """Raise ValueError where ``t`` is outside [0, num_train_timesteps] or NaN.
@@ -325,6 +335,11 @@ class EDMSchedule:
         """Return log-SNR of ``t`` (sigma or c_noise), float64."""
         t = t.to(exact_dtype(t.device))
         return -2 * torch.log(t) if self.timestep == "sigma" else -8 * t
+
+    def timestep_of(self, log_snr: Tensor) -> Tensor:
+        """Return the t of ``log_snr``, same shape, float64."""
+        log_snr = log_snr.to(exact_dtype(log_snr.device))
+        return torch.exp(-log_snr / 2) if self.timestep == "sigma" else -log_snr / 8
 
     def check(self, t: Tensor) -> None:
         """Raise ValueError where ``t`` is not finite, or not a positive sigma."""

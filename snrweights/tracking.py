@@ -176,22 +176,27 @@ class LossVarianceTracker:
         if self.window is not None and self.updates - self._window_start >= self.window:
             self._before, self._total, self._window_start = self._total, self._zeros(), self.updates
 
-    def compute(self) -> LossStatistics:
-        """Return the statistics, on the CPU: of all processes up to the last ``sync``, and of this one since."""
-        return self._statistics(self._moments())
+    def compute(self, device: torch.device | str | None = "cpu") -> LossStatistics:
+        """Return the statistics: of all processes up to the last ``sync``, and of this one since.
+
+        Args:
+            device: of what is returned; None: where the moments are, without waiting for it.
+        """
+        return self._statistics(self._moments(), device)
 
     def history(self) -> list[tuple[int, LossStatistics]]:
         """Return the snapshots, as steps with statistics up to them."""
         return [(step, self._statistics(moments)) for step, moments in self.snapshots]
 
-    def _statistics(self, moments: Tensor) -> LossStatistics:
-        moments = moments.to("cpu", torch.float64)
+    def _statistics(self, moments: Tensor, device: torch.device | str | None = "cpu") -> LossStatistics:
+        device = moments.device if device is None else torch.device(device)
+        moments = moments.to(device, exact_dtype(device))
         count = moments[_COUNT]
         mean = moments[_SUM] / count
         variance = (moments[_SQUARES] / count - mean**2).clamp(min=0)
         fading = self.decay is not None
         return LossStatistics(
-            edges=self.edges.to("cpu", torch.float64),
+            edges=self.edges.to(moments),
             count=count if fading else count.long(),
             mean=mean,
             variance=variance,

@@ -12,14 +12,14 @@ PACKAGE = Path(snrweights.__file__).parent
 
 # a module imports from lower floors only; a new module must be given one
 FLOORS = [
-    {"schedules", "predictions", "seeds", "settings", "version"},
+    {"measure", "schedules", "predictions", "seeds", "settings", "version"},
     {"schedulers", "densities", "process", "statistics"},
-    {"drawn", "tracking"},
-    {"weightings.base"},
+    {"drawn", "tracking", "uniforms"},
+    {"quantiles", "history", "weightings.base"},
     {"weightings.classic", "weightings.clipped", "weightings.objectives", "weightings.parity"},
     {"weightings"},
-    {"losses"},
-    {"objective", "recognition"},
+    {"losses", "samplers"},
+    {"importance", "objective", "recognition"},
     {"findings"},
     {"doctor"},
     {"report", "plots"},

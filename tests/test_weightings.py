@@ -33,7 +33,7 @@ def curve(name, prediction_type, log_snr, schedule=None, density=None, **hp):
 def test_the_family_is_complete():
     family = """
         ddpm native snr_plus_one truncated_snr p2 debiased edm sd3_sigma_sqrt sd3_cosmap min_snr soft_min_snr
-        smoothed_kl elbo sigmoid iddpm flow indi laplace edm_monotonic
+        smoothed_kl elbo sigmoid auto iddpm flow indi laplace edm_monotonic
     """
     assert re.findall(r"\w+", family) == NAMES
 
@@ -66,9 +66,9 @@ def limits(name, target):
 
 # an objective over a density that falls faster: epsilon at the noisy end, x0 (for ELBO everything) at the clean end
 UNBOUNDED_OBJECTIVES = {
-    "flow": {("epsilon", name) for name in ("elbo", "sigmoid", "flow", "indi", "edm_monotonic")},
-    "cosine": {("epsilon", name) for name in ("elbo", "sigmoid", "flow", "indi", "edm_monotonic")}
-    | {("sample", name) for name in ("elbo", "sigmoid", "iddpm", "flow")}
+    "flow": {("epsilon", name) for name in ("elbo", "sigmoid", "auto", "flow", "indi", "edm_monotonic")},
+    "cosine": {("epsilon", name) for name in ("elbo", "sigmoid", "auto", "flow", "indi", "edm_monotonic")}
+    | {("sample", name) for name in ("elbo", "sigmoid", "auto", "iddpm", "flow")}
     | {(target, "elbo") for target in PREDICTION_TYPES},
     "zero_snr": {(target, name) for target in PREDICTION_TYPES for name in OBJECTIVES},  # no density at an atom
 }

@@ -57,6 +57,7 @@ class Weighting(ABC):
         formula: for people, in w_eps, w_x0 or w_KG.
         source: the paper.
         batch_dependent: whether the weight of a sample depends on the others in its batch.
+        rule: of ``ImportanceSampler``, by which timesteps are best drawn for it where it has no density of its own.
 
     Example:
         >>> get_weighting("min_snr").target, get_weighting("min_snr").hyperparameters()
@@ -69,6 +70,7 @@ class Weighting(ABC):
     source: ClassVar[str]
     refuses_infinities: ClassVar[bool] = True
     batch_dependent: ClassVar[bool] = False
+    rule: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
@@ -82,6 +84,11 @@ class Weighting(ABC):
         """Return the weighting with what depends on the schedule filled in; by default itself."""
         del schedule
         return self
+
+    def own_density(self, prediction_type: str) -> Density | None:
+        """Return the density that it asks log-SNR to be drawn from for a prediction type, or None."""
+        del prediction_type
+        return None
 
     @classmethod
     def hyperparameters(cls) -> dict[str, Any]:

@@ -6,14 +6,17 @@ objective whatever the density. Non-increasing in log-SNR, it is a non-negative 
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from snrweights.densities import Density, Logistic, log_normal_sigma
 from snrweights.densities import Laplace as LaplaceDensity
-from snrweights.densities import log_normal_sigma
 from snrweights.predictions import log_error_ratio, softplus
+from snrweights.schedules import Schedule
 from snrweights.weightings.base import Weighting, hyper, register_weighting
 
 _KINGMA_GAO = "Kingma & Gao 2023, arXiv 2303.00848"
@@ -54,6 +57,60 @@ class Sigmoid(Weighting):
     def log_weight(self, log_snr: Tensor) -> Tensor:
         """Return ln sigmoid(bias - log_snr)."""
         return -softplus(log_snr - self.bias)
+
+
+@register_weighting(
+    "auto",
+    target="objective",
+    formula="w_KG = sigmoid(-log_snr - ln data_variance)",
+    source=f"derived in examples/guides/samplers.md; its shape: {_KINGMA_GAO}",
+)
+class Auto(Weighting):
+    """``w_KG = sigmoid(-log_snr - ln data_variance)``: the ``sigmoid`` objective, its bias measured instead of chosen.
+
+    For Gaussian data of variance v in each direction, an error of x0 made at noise level s = sigma_hat reaches the
+    samples of the reverse ODE shrunk to v / (v + s²) of its square. In errors of epsilon, s² smaller, that is
+    w_KG ∝ v s² / (v + s²): the sigmoid, up to v. On EDM's network with sigma_data² = v the weight is constant where
+    log-SNR is drawn from the logistic density about -ln v, and there it asks to be drawn.
+
+    Args:
+        data_variance: ``snrweights.data_variance`` of the data as the network sees it, > 0; default: the square of the
+            schedule's sigma_data.
+
+    Source: derived, see examples/guides/samplers.md; the objective's shape: Kingma & Gao 2023, arXiv 2303.00848.
+
+    Example:
+        >>> Auto(data_variance=0.25).log_weight(torch.tensor([0.25]).log().neg()).exp()
+        tensor([0.5000])
+    """
+
+    data_variance: float | None = hyper(None, above=0)
+    rule: ClassVar[str | None] = "gradient"
+
+    def for_schedule(self, schedule: Schedule) -> Weighting:
+        """Fill in sigma_data² of the schedule.
+
+        Raises:
+            ValueError: neither is known.
+        """
+        if self.data_variance is not None:
+            return self
+        if schedule.sigma_data is None:
+            raise ValueError(
+                "`Auto(data_variance=...)` must be given on a schedule without sigma_data, got None: measure it with "
+                "`snrweights.data_variance(data)`."
+            )
+        return dataclasses.replace(self, data_variance=schedule.sigma_data**2)
+
+    def own_density(self, prediction_type: str) -> Density | None:
+        """Return the logistic density for EDM's network, on which the weight is then constant."""
+        if prediction_type != "edm" or self.data_variance is None:
+            return None
+        return Logistic(-math.log(self.data_variance))
+
+    def log_weight(self, log_snr: Tensor) -> Tensor:
+        """Return ln sigmoid(-log_snr - ln data_variance)."""
+        return -softplus(log_snr + math.log(self.data_variance or 1.0))
 
 
 @register_weighting("iddpm", target="objective", formula="w_KG = sech(log_snr / 2)", source=_KINGMA_GAO)

@@ -1,0 +1,282 @@
+"""Samplers that draw where training says the noise is: importance sampling of timesteps from measured losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from snrweights.densities import Density
+from snrweights.history import LossHistory
+from snrweights.predictions import LIMIT
+from snrweights.quantiles import inside
+from snrweights.samplers import Draw, TimestepSampler
+from snrweights.schedules import DiscreteSchedule, exact_dtype
+from snrweights.statistics import LossStatistics
+from snrweights.tracking import LossVarianceTracker, Reduce
+
+Evidence = LossVarianceTracker | LossHistory
+MODES = ("resample", "reweight")
+BINS, DECAY = 32, 0.99  # of a sampler's own tracker
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How often a noise level is drawn: q ∝ p root(statistics), mixed with a share ``floor`` of p.
+
+    Attributes:
+        root: from statistics of the weighted losses to a number >= 0 per bin.
+        of: whose second moment is least under it, for people.
+        floor: default share of p in q.
+        history: keep that many last losses of every bin (every timestep of a discrete schedule) and count nothing
+            until they are full; None: moments that fade.
+    """
+
+    root: Callable[[LossStatistics], Tensor]
+    of: str
+    floor: float = 0.1
+    history: int | None = None
+
+
+RULES: dict[str, Rule] = {
+    "loss_second_moment": Rule(
+        lambda statistics: statistics.second_moment.sqrt(), "the loss estimate", floor=0.001, history=10
+    ),
+    "gradient": Rule(lambda statistics: statistics.gradient_square.sqrt(), "the gradient at the model's output"),
+    "variance": Rule(lambda statistics: statistics.variance.sqrt(), "the loss about its mean at each noise level"),
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a sampler's statistics say of its draws, against as many independent draws from p.
+
+    Attributes:
+        of: whose second moment.
+        ratio: of the second moment under q, with importance weights, to that under p; below 1 is better. The variance
+            that training sees is that of the gradient over all parameters, which is not the same: measure it.
+        effective_sample_size: 1 / E_q[(p/q)²], as a share of the draws.
+    """
+
+    of: str
+    ratio: float
+    effective_sample_size: float
+
+    def __str__(self) -> str:
+        return (
+            f"second moment of {self.of}: {self.ratio:.3f} of that under the base density; "
+            f"effective sample size {100 * self.effective_sample_size:.0f} %"
+        )
+
+
+class ImportanceSampler(TimestepSampler):
+    """Draws timesteps by what their losses were, with weights p / q that keep the expected gradient.
+
+    The density p (``density``) is that of the objective. In bins of log-SNR q ∝ p root, root by ``rule``:
+
+    - ``"gradient"``: √E[w² |g|²], g the gradient of the sample's loss L at the model's output; |g|² is L up to a
+      constant for a mean squared error. For a fixed objective q ∝ p √E[w² |g|²] has the least second moment of g.
+    - ``"loss_second_moment"``: √E[(w L)²] over the last 10 losses of each timestep, uniform until all have theirs and
+      with a share .001 of p (Nichol & Dhariwal 2021, arXiv 2102.09672): least variance of the *loss estimate*.
+    - ``"variance"``: √Var[w L]: the importance ratio of ALSR (Sun & Shi 2026, arXiv 2603.10391, Eq. 12; p* ∝ p √Var is
+      our reading, second-hand).
+
+    Feed it with ``update`` after every batch. On several processes give ``reduce``: statistics are then summed over
+    them at every refresh, a collective inside ``draw``.
+
+    Args:
+        schedule: whatever ``as_schedule`` reads.
+        rule: a name, or a ``Rule``.
+        density: see ``TimestepSampler``.
+        mode: ``"resample"`` draws from q with weights p / q; ``"reweight"`` draws from p with weights q / p, which
+            changes the objective (ALSR's Eq. 12 as it stands).
+        bins: number of bins of equal mass under p; default 32, or the timesteps of a discrete schedule where the rule
+            keeps a history.
+        floor: share of p in q, in (0, 1]; no weight p / q exceeds 1 / floor. Default: the rule's.
+        warm_up: losses that a bin must have seen; until then it counts as the average bin.
+        refresh_every: batches between two computations of q.
+        evidence: count in this tracker, with its bins, in place of one of the sampler's own.
+        reduce: sums a tensor over processes.
+        **options: ``draws``, ``seed``, ``rank``, ``world_size``, ``accumulation``, as for ``TimestepSampler``.
+
+    Raises:
+        ValueError: a bad argument, with the choices.
+
+    Example:
+        >>> sampler = ImportanceSampler("linear", "gradient", bins=2, warm_up=1, refresh_every=1)
+        >>> sampler.update(torch.tensor([100, 900]), torch.tensor([9.0, 1.0]))
+        >>> t, weight = sampler.draw(1000)
+        >>> sampler.predicted().ratio < 1, weight.unique()  # of the gradient at the model's output
+        (True, tensor([0.6890, 1.8167]))
+    """
+
+    def __init__(
+        self,
+        schedule: Any,
+        rule: str | Rule = "gradient",
+        *,
+        density: Density | str | None = None,
+        mode: Literal["resample", "reweight"] = "resample",
+        bins: int | None = None,
+        floor: float | None = None,
+        warm_up: int = 10,
+        refresh_every: int = 10,
+        evidence: Evidence | None = None,
+        reduce: Reduce | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(schedule, density, **options)
+        if isinstance(rule, str) and rule not in RULES:
+            raise ValueError(f"Unknown rule {rule!r}; choose one of {list(RULES)}.")
+        if mode not in MODES:
+            raise ValueError(f"`mode` must be one of {list(MODES)}, got {mode!r}.")
+        for name, value in (("bins", bins), ("warm_up", warm_up), ("refresh_every", refresh_every)):
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be >= 1, got {value}.")
+        if floor is not None and not 0 < floor <= 1:
+            raise ValueError(f"`floor` must be in (0, 1], got {floor}: a noise level that is never drawn would bias.")
+        self.rule = RULES[rule] if isinstance(rule, str) else rule
+        self.mode = mode
+        self.floor = self.rule.floor if floor is None else floor
+        self.warm_up, self.refresh_every = warm_up, refresh_every
+        self.evidence = self._evidence(bins, reduce) if evidence is None else evidence
+        inner = self.evidence.edges[1:-1].to("cpu", torch.float64)
+        self._inner = inner
+        self._mass = torch.cat((self._quantiles.mass_up_to(inner), inner.new_ones(1))).diff(prepend=inner.new_zeros(1))
+        self._tilt = torch.ones_like(self._mass)
+
+    def _evidence(self, bins: int | None, reduce: Reduce | None) -> Evidence:
+        history = self.rule.history
+        if bins is None:
+            per_timestep = history is not None and isinstance(self.schedule, DiscreteSchedule)
+            bins = len(self.schedule.grid()) if per_timestep else BINS
+        tracker = LossVarianceTracker(bins, -LIMIT, LIMIT, density=self.density, decay=DECAY, reduce=reduce)
+        return tracker if history is None else LossHistory(tracker.edges, history, reduce=reduce)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.rule.of!r}, {self.mode!r}, {len(self._mass)} bins, {self.density!r})"
+
+    @torch.no_grad()
+    def update(
+        self, t: Tensor, loss: Tensor, *, weight: Tensor | None = None, gradient_square: Tensor | None = None
+    ) -> None:
+        """Add what a batch has cost. Negative losses count as not finite.
+
+        Args:
+            t: (B,) timesteps.
+            loss: (B,) losses, unweighted.
+            weight: (B,) of the weighting, without the factors of this sampler.
+            gradient_square: (B,) squared norms of the gradients of the unweighted losses at the model's output; default
+                what they are for a mean squared error, up to a constant: the losses.
+
+        Raises:
+            ValueError: the shapes are not all (B,).
+        """
+        for name, value in (("loss", loss), ("weight", weight), ("gradient_square", gradient_square)):
+            if value is not None and (value.ndim != 1 or value.shape != t.shape):
+                raise ValueError(
+                    f"`{name}` must have the shape (B,) of `t`, {tuple(t.shape)}, got {tuple(value.shape)}."
+                )
+        loss = torch.where(loss < 0, torch.nan, loss)
+        square = loss if gradient_square is None else gradient_square
+        if weight is not None:
+            loss, square = loss * weight, square * weight.square()
+        self.evidence.update(loss, self.schedule.log_snr(t), gradient_square=square)
+
+    def refresh(self) -> None:
+        """Compute q anew from what was seen; on several processes a collective. ``draw`` calls it."""
+        self.evidence.sync()
+        root = self._root(self.evidence.compute(device=None))
+        self._move(root.device)
+        mean = (self._mass * root).sum()
+        tilt = (1 - self.floor) * root / mean + self.floor
+        self._tilt = torch.where(mean > 0, tilt, torch.ones_like(tilt))
+
+    def _root(self, statistics: LossStatistics) -> Tensor:
+        """Return the rule's root per bin; a bin that has seen too little counts as the average of the others."""
+        root = self.rule.root(statistics)
+        mass = self._mass.to(root)
+        known = (statistics.count >= self.warm_up) & root.isfinite() & (mass > 0)
+        known_mass = torch.where(known, mass, 0.0)
+        average = (known_mass * torch.where(known, root, 0.0)).sum() / known_mass.sum()
+        return torch.where(known, root, average)
+
+    def _move(self, device: torch.device) -> None:
+        if self._tilt.device != device:
+            dtype = exact_dtype(device)
+            self._inner, self._mass, self._tilt = (x.to(device, dtype) for x in (self._inner, self._mass, self._tilt))
+
+    def draw(self, batch_size: int, *, index: int | None = None, device: torch.device | str = "cpu") -> Draw:
+        """Draw a batch; see ``TimestepSampler.draw``. Every ``refresh_every`` batches q is computed anew first."""
+        if (self.drawn if index is None else index) % self.refresh_every == 0:
+            self.refresh()
+        return super().draw(batch_size, index=index, device=device)
+
+    def at(self, u: Tensor) -> Draw:
+        """Return what uniform numbers ``u`` (B,) draw from q, or from p with the weights of ``reweight``."""
+        self._move(u.device)
+        return super().at(self._through_q(u) if self._resamples else u)
+
+    def _through_q(self, u: Tensor) -> Tensor:
+        """Turn quantiles of q into quantiles of p."""
+        q = self._mass * self._tilt
+        upper = q.cumsum(0)
+        u = inside(u) * upper[-1]
+        bin = torch.bucketize(u, upper[:-1], right=True)
+        fraction = ((u - (upper - q)[bin]) / q[bin]).clamp(0, 1)
+        return (self._mass.cumsum(0) - self._mass)[bin] + fraction * self._mass[bin]
+
+    def weight(self, t: Tensor) -> Tensor:
+        """Return the factors (B,), float32, on the losses of timesteps ``t`` (B,)."""
+        self._move(t.device)
+        tilt = self._tilt[torch.bucketize(self.schedule.log_snr(t), self._inner)]
+        return (1 / tilt if self._resamples else tilt).float()
+
+    @property
+    def _resamples(self) -> bool:
+        return self.mode == "resample"
+
+    def probabilities(self) -> tuple[Tensor, Tensor]:
+        """Return the probability of each bin under p and under q, (bins,) each, on the CPU."""
+        return self._mass.cpu(), (self._mass * self._tilt).cpu()
+
+    def predicted(self) -> Prediction:
+        """Return what the statistics up to now say of the draws; reads them off the device."""
+        square = self._root(self.evidence.compute()).square()
+        mass, tilt = self._mass.to(square), self._tilt.to(square)
+        drawn, weight = (mass * tilt, 1 / tilt) if self._resamples else (mass, tilt)
+        spread = drawn * weight**2
+        return Prediction(
+            of=self.rule.of,
+            ratio=float((spread * square).sum() / (mass * square).sum()),
+            effective_sample_size=float(1 / spread.sum()),
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return q, the evidence and the count of draws."""
+        evidence = {f"evidence.{name}": value for name, value in self.evidence.state_dict().items()}
+        return {**super().state_dict(), "tilt": self._tilt.cpu().clone(), **evidence}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over a state, on every process.
+
+        Raises:
+            ValueError: it is damaged, or of a sampler with other bins.
+        """
+        if not {"drawn", "tilt"} <= set(state):
+            raise ValueError(f"Not the state of an ImportanceSampler: it has {sorted(state)}.")
+        tilt = state["tilt"].to("cpu", torch.float64)
+        mean = float((self._mass.cpu() * tilt).sum()) if tilt.shape == self._mass.shape else torch.nan
+        if not abs(mean - 1) < 1e-4 or not bool((tilt > 0).all()):
+            raise ValueError(
+                f"The state of the ImportanceSampler is damaged or of other bins: `tilt` has shape "
+                f"{tuple(tilt.shape)} and mean {mean}; {tuple(self._mass.shape)} and 1 are wanted."
+            )
+        super().load_state_dict(state)
+        prefix = "evidence."
+        kept = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        self.evidence.load_state_dict(kept)
+        self._tilt = tilt.to(self._mass)
