@@ -94,8 +94,8 @@ class ProcessOptions:
     """Their standard deviation."""
     shift: float = 1.0
     """Flow: shift of t towards noise."""
-    sigma_data: float = 0.5
-    """EDM: standard deviation of the data."""
+    sigma_data: float | None = 0.5
+    """EDM: standard deviation of the data; None: measured."""
     sigma_min: float = 0.002
     """EDM: least noise when sampling."""
     sigma_max: float = 80.0
@@ -114,6 +114,22 @@ class WeightOptions:
     """Scale the weight to average 1, so that switching methods keeps the learning rate."""
     clamp_max: float | None = None
     """Upper bound on the weight before that, for weights that are infinite somewhere."""
+
+
+@dataclass
+class SamplerOptions:
+    """How noise levels are drawn."""
+
+    draws: Literal["independent", "antithetic", "stratified"] = "independent"
+    """Independent, or spread over all that an optimizer step draws."""
+    importance: Literal["none", "gradient", "loss_second_moment", "variance"] | None = None
+    """Draw by measured losses, with importance weights (default: as the method asks)."""
+    importance_mode: Literal["resample", "reweight"] = "resample"
+    """resample keeps the objective, reweight changes it."""
+    importance_floor: float | None = None
+    """Share of draws that stay where the process has them (default: the rule's)."""
+    importance_refresh: int = 10
+    """Forward passes between two computations of the density."""
 
 
 @dataclass
@@ -177,6 +193,7 @@ class Options:
     model: ModelOptions = field(default_factory=ModelOptions)
     process: ProcessOptions = field(default_factory=ProcessOptions)
     weight: WeightOptions = field(default_factory=WeightOptions)
+    sampler: SamplerOptions = field(default_factory=SamplerOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
 
@@ -195,7 +212,7 @@ def check_options(options: Options) -> None:
             *("data.resolution", "process.num_train_timesteps", "process.density_std", "process.sigma_data"),
             *("optimizer.max_steps", "optimizer.train_batch_size", "optimizer.gradient_accumulation_steps"),
             *("optimizer.learning_rate", "optimizer.max_grad_norm", "output.logging_steps", "output.eval_batch_size"),
-            *("output.checkpoints_total_limit",),
+            *("output.checkpoints_total_limit", "sampler.importance_refresh"),
         ),
         ">= 0": (
             *("run.seed", "data.validation_images", "data.dataloader_num_workers", "model.num_classes"),
@@ -214,7 +231,7 @@ def check_options(options: Options) -> None:
         for name in names:
             section, field_name = name.split(".")
             value = getattr(getattr(options, section), field_name)
-            if not holds[bound](value):
+            if value is not None and not holds[bound](value):
                 raise SystemExit(f"`--{field_name.replace('_', '-')}` must be {bound}, got {value}.")
     levels, attention = options.model.block_out_channels, options.model.attention
     if len(levels) != len(attention):

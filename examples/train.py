@@ -6,12 +6,15 @@ accelerate launch examples/train.py --preset digits-edm --method min_snr --set g
 
 from __future__ import annotations
 
+import copy
+import math
 import time
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from diffusers import UNet2DModel
 from options import FREE, Options, check_options
 from snrweights.integrations import metrics
@@ -27,6 +30,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from trainer import MEASURE, SAMPLES, SPLIT, Trainer
 
+import snrweights
 from snrweights import plots
 from snrweights.seeds import generator
 from snrweights.settings import parse_settings
@@ -50,6 +54,25 @@ def load_data(options: Options) -> tuple[Subset, Subset]:
         raise SystemExit(f"`validation_images` must be in [0, {len(images)}), got {data.validation_images}.")
     order = torch.randperm(len(images), generator=generator(options.run.seed, SPLIT)).tolist()
     return Subset(images, order[data.validation_images :]), Subset(images, order[: data.validation_images])
+
+
+def with_measured(options: Options, data: Subset, accelerator: Accelerator) -> Options:
+    """Fill in what is to be measured, if anything is: sigma_data and the method's ``data_variance``, in one pass."""
+    weighting = snrweights.get_weighting(options.weight.method, **parse_settings(options.weight.set))
+    if options.process.sigma_data is not None and getattr(weighting, "data_variance", 0) is not None:
+        return options
+    loader = DataLoader(data, batch_size=256, num_workers=options.data.dataloader_num_workers)
+    batches = (images for images, _ in tqdm(loader, "Measuring the data", disable=not accelerator.is_main_process))
+    if options.data.random_flip:
+        batches = (torch.cat((images, images.flip(-1))) for images in batches)
+    variance = broadcast_object_list([snrweights.data_variance(batches) if accelerator.is_main_process else None])[0]
+    accelerator.print(f"Mean variance of the data: {variance:.6g}.")
+    options = copy.deepcopy(options)
+    if options.process.sigma_data is None:
+        options.process.sigma_data = math.sqrt(variance)
+    if getattr(weighting, "data_variance", 0) is None:
+        options.weight.set = (*options.weight.set, f"data_variance={variance!r}")
+    return options
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -81,8 +104,10 @@ def train(options: Options) -> Trainer:
     saved = output / "config.yaml"
     if saved.exists() and not (options.run.resume or options.run.overwrite):
         raise SystemExit(f"{output} holds a run: go on with --resume latest, begin anew with --overwrite.")
-    trainer = Trainer(options, accelerator, PROCESSES[options.process.process](options.process))
     data, held_out = load_data(options)
+    options = with_measured(options, data, accelerator)
+    trainer = Trainer(options, accelerator, PROCESSES[options.process.process](options.process))
+    accelerator.print(f"Drawing timesteps with {trainer.sampler}.")
     for features in options.output.features:
         extractor(features, weights=options.output.inception_weights)  # missing, it is said now and not at the end
     checkpoints = Checkpoints(output / "checkpoints", options.output.checkpoints_total_limit, accelerator)
@@ -111,7 +136,7 @@ def train(options: Options) -> Trainer:
         output.mkdir(parents=True, exist_ok=True)
         save_options(options, saved, global_batch=global_batch)
         process = trainer.process
-        choices = {"prediction_type": process.prediction_type, "density": process.density}
+        choices = {"prediction_type": process.prediction_type, "density": trainer.sampler.density}
         labelled = {options.weight.method: trainer.weight.curve.weighting}
         plots.save(plots.plot_weights(process.schedule, labelled, **choices), output / "weights.png")
     log = MetricsLog(output / "metrics.jsonl", accelerator, keep_until=start)

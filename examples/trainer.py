@@ -62,10 +62,11 @@ class Trainer:
     def __init__(self, options: Options, accelerator: Accelerator, process: Process) -> None:
         self.options, self.accelerator, self.process = options, accelerator, process
         weighting = snrweights.get_weighting(options.weight.method, **parse_settings(options.weight.set))
+        self.sampler = self.make_sampler(weighting)
         self.weight = weighting.bind(
             process.schedule,
             prediction_type=process.prediction_type,
-            density=process.density,
+            density=self.sampler.density,
             normalize="mean" if options.weight.normalize == "mean" else None,
             clamp_max=options.weight.clamp_max,
         )
@@ -84,18 +85,45 @@ class Trainer:
         self.ema = EMAModel(self.model.parameters(), decay=options.optimizer.ema_decay, foreach=fused)
         self.ema.to(accelerator.device)
 
-    def draw(self, images: Tensor, labels: Tensor, forward: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Flip images, drop labels, and draw noise and timesteps for forward pass number ``forward``."""
+    def make_sampler(self, weighting: snrweights.Weighting) -> snrweights.TimestepSampler:
+        """Return what draws timesteps: from the weighting's own density, by importance, or as the process has them."""
+        options = self.options.sampler
+        own_density = weighting.own_density(self.process.prediction_type)
+        # a weighting with a rule has an objective of its own, whatever the density
+        density = own_density or (None if weighting.rule else self.process.density)
+        rule = options.importance or ("none" if own_density else weighting.rule or "none")
+        draws: dict[str, Any] = {
+            "draws": options.draws,
+            "seed": self.options.run.seed,
+            "rank": self.accelerator.process_index,
+            "world_size": self.accelerator.num_processes,
+            "accumulation": self.options.optimizer.gradient_accumulation_steps,
+        }
+        if rule == "none":
+            return snrweights.TimestepSampler(self.process.schedule, density, **draws)
+        return snrweights.ImportanceSampler(
+            self.process.schedule,
+            rule,
+            density=density,
+            mode=options.importance_mode,
+            floor=options.importance_floor,
+            refresh_every=options.importance_refresh,
+            reduce=SumOverProcesses(self.accelerator),
+            **draws,
+        )
+
+    def draw(self, images: Tensor, labels: Tensor, forward: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Flip images, drop labels, and draw noise for forward pass number ``forward``."""
         rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
         here = slice(len(images) * rank, len(images) * (rank + 1))
         stream = generator(self.options.run.seed, NOISE, forward, device=device)
         everywhere = (len(images) * world, *images.shape[1:])
         noise = torch.randn(everywhere, generator=stream, device=device)[here]
-        u, flip, drop = torch.rand((3, everywhere[0]), generator=stream, device=device)[:, here]
+        flip, drop = torch.rand((2, everywhere[0]), generator=stream, device=device)[:, here]
         if self.options.data.random_flip:
             images = torch.where(flip[:, None, None, None] < 0.5, images.flip(-1), images)
         labels = torch.where(drop < self.options.model.class_dropout, self.options.model.num_classes, labels)
-        return images, noise, self.process.timesteps(u), labels
+        return images, noise, labels
 
     def losses(self, images: Tensor, noise: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the unweighted loss of each sample, and its log-SNR."""
@@ -115,10 +143,13 @@ class Trainer:
             if self.options.model.dropout:
                 torch.manual_seed(seed_of(self.options.run.seed, DROPOUT, forward, self.accelerator.process_index))
             with self.accelerator.accumulate(self.model):
-                images, noise, t, labels = self.draw(images, labels, forward)
+                images, noise, labels = self.draw(images, labels, forward)
+                t, factor = self.sampler.draw(len(images), index=forward, device=device)
                 losses, log_snr = self.losses(images, noise, t, labels)
+                weight = self.weight(t)
                 self.tracker.update(losses, log_snr, prediction_type=self.process.prediction_type)
-                loss = (self.weight(t) * losses).mean()
+                self.sampler.update(t, losses.detach(), weight=weight)
+                loss = (factor * weight * losses).mean()
                 self.accelerator.backward(loss)
                 total += loss.detach() / accumulate
                 if self.accelerator.sync_gradients:
@@ -165,6 +196,7 @@ class Trainer:
         averages = {f"ema.{i}": whole(value) for i, value in enumerate(self.ema.shadow_params)}
         self.tracker.sync()
         tracked = {f"tracker.{name}": value for name, value in self.tracker.state_dict().items()}
+        tracked |= {f"sampler.{name}": value for name, value in self.sampler.state_dict().items()}
         scaler = self.accelerator.scaler
         scale = {f"scaler.{key}": torch.tensor(value) for key, value in (scaler.state_dict() if scaler else {}).items()}
         learnt = model_and_optimizer_state(self.model, self.optimizer.optimizer)
@@ -174,13 +206,13 @@ class Trainer:
         """Take over the state of a checkpoint; return the running loss."""
         load_model_and_optimizer_state(self.model, self.optimizer.optimizer, state)
         if self.accelerator.scaler:
-            scale = {name.removeprefix("scaler."): value.item() for name, value in state.items() if "scaler." in name}
+            scale = {name: value.item() for name, value in _under("scaler.", state).items()}
             self.accelerator.scaler.load_state_dict(scale)
         self.ema.optimization_step = step
         for i, value in enumerate(self.ema.shadow_params):
             copy_whole(value, state[f"ema.{i}"])
-        tracked = {name.removeprefix("tracker."): value for name, value in state.items() if "tracker." in name}
-        self.tracker.load_state_dict(tracked)
+        self.tracker.load_state_dict(_under("tracker.", state))
+        self.sampler.load_state_dict(_under("sampler.", state))
         return state["running"].to(self.accelerator.device)
 
     def save_model(self, folder: Path) -> None:
@@ -192,3 +224,7 @@ class Trainer:
             unet.load_state_dict({name.split("model.", 1)[1]: value for name, value in weights.items()})
             DDPMPipeline(unet, self.process.scheduler).save_pretrained(folder)
         self.accelerator.wait_for_everyone()
+
+
+def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

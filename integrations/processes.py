@@ -1,6 +1,6 @@
 """The three forward processes that the reference script trains on: discrete (VP), straight flow, and EDM.
 
-A process says which schedule and target a model is trained with, how a uniform number becomes a timestep, how the model
+A process says which schedule and target a model is trained with, where timesteps are drawn, how the model
 is wrapped, and how images are sampled from it. All arithmetic of noising and targets is ``snrweights.process``.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 
 from snrweights import process
 from snrweights.densities import Density, FlowUniform, LogUniform, log_normal_sigma, logit_normal
+from snrweights.drawn import as_density
+from snrweights.quantiles import Quantiles, quantiles
 from snrweights.schedulers import as_schedule
-from snrweights.schedules import EDMSchedule, FlowSchedule, Schedule, exact_dtype
+from snrweights.schedules import EDMSchedule, FlowSchedule, Schedule
 
 
 class Plain(nn.Module):
@@ -49,9 +52,13 @@ class Process(ABC):
     density: Density | None
     scheduler: Any
 
-    @abstractmethod
     def timesteps(self, u: Tensor) -> Tensor:
-        """Turn uniform numbers (B,) in [0, 1) into timesteps (B,)."""
+        """Turn uniform numbers (B,) in [0, 1] into timesteps (B,); 0 is the noisiest end."""
+        return self._quantiles.timesteps(u)
+
+    @cached_property
+    def _quantiles(self) -> Quantiles:
+        return quantiles(self.schedule, as_density(self.density, self.schedule))
 
     @abstractmethod
     def sample(self, predict: Denoise, noise: Tensor, steps: int) -> Tensor:
@@ -81,11 +88,6 @@ class DiscreteProcess(Process):
         )
         self.schedule = as_schedule(self.scheduler)
         self.prediction_type = prediction_type
-        self._steps = steps
-
-    def timesteps(self, u: Tensor) -> Tensor:
-        """Return floor(u T)."""
-        return (u * self._steps).long().clamp(max=self._steps - 1)
 
     def sample(self, predict: Denoise, noise: Tensor, steps: int) -> Tensor:
         """Sample with DDIM, trailing timesteps (arXiv 2305.08891)."""
@@ -109,15 +111,10 @@ class FlowProcess(Process):
         choices: dict[str, Density] = {"uniform": FlowUniform(shift), "logit_normal": logit_normal(mean, std, shift)}
         if density not in choices:
             raise ValueError(f"`time_density` of a flow must be one of {list(choices)}, got {density!r}.")
-        self.density = self._drawn = choices[density]
+        self.density = choices[density]
         self.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
         # draws are continuous and reach below the scheduler's smallest sigma
         self.schedule = FlowSchedule(shift, self.scheduler.config.num_train_timesteps)
-
-    def timesteps(self, u: Tensor) -> Tensor:
-        """Return 1000 s with s the noise level at the quantile u of the density."""
-        log_snr = self._drawn.icdf(_inside(u))
-        return (torch.sigmoid(-log_snr / 2) * self.scheduler.config.num_train_timesteps).float()
 
     def sample(self, predict: Denoise, noise: Tensor, steps: int) -> Tensor:
         """Sample with Euler steps of the scheduler."""
@@ -141,7 +138,7 @@ class EDMProcess(Process):
         }
         if density not in choices:
             raise ValueError(f"`time_density` of EDM must be one of {list(choices)}, got {density!r}.")
-        self.density = self._drawn = choices[density]
+        self.density = choices[density]
         self.schedule = EDMSchedule(sigma_data, sigma_min, sigma_max)
         self.scheduler = EDMEulerScheduler(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data)
         self._range = (sigma_min, sigma_max)
@@ -149,10 +146,6 @@ class EDMProcess(Process):
     def wrap(self, model: nn.Module) -> nn.Module:
         """Return the network in its preconditioning."""
         return process.EDMPreconditioned(model, self.schedule.sigma_data or 0.5)
-
-    def timesteps(self, u: Tensor) -> Tensor:
-        """Return sigma at the quantile u of the density."""
-        return torch.exp(-self._drawn.icdf(_inside(u)) / 2).float()
 
     def sample(self, predict: Denoise, noise: Tensor, steps: int) -> Tensor:
         """Sample with Heun's method on the ODE of Karras 2022 (arXiv 2206.00364), Algorithm 1."""
@@ -179,10 +172,3 @@ PROCESSES: dict[str, Callable[[Any], Process]] = {
         options.sigma_max,
     ),
 }
-
-
-def _inside(u: Tensor) -> Tensor:
-    """Keep uniform numbers off 0 and 1, where quantiles are infinite."""
-    u = u.to(exact_dtype(u.device))
-    tiny = torch.finfo(u.dtype).eps / 2
-    return u.clamp(tiny, 1 - tiny)

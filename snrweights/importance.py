@@ -93,8 +93,8 @@ class ImportanceSampler(TimestepSampler):
         density: see ``TimestepSampler``.
         mode: ``"resample"`` draws from q with weights p / q; ``"reweight"`` draws from p with weights q / p, which
             changes the objective (ALSR's Eq. 12 as it stands).
-        bins: number of bins of equal mass under p; default 32, or the timesteps of a discrete schedule where the rule
-            keeps a history.
+        bins: number of bins of equal mass under p, at most one a timestep; default 32, or as many as there are
+            timesteps where the rule keeps a history.
         floor: share of p in q, in (0, 1]; no weight p / q exceeds 1 / floor. Default: the rule's.
         warm_up: losses that a bin must have seen; until then it counts as the average bin.
         refresh_every: batches between two computations of q.
@@ -153,8 +153,11 @@ class ImportanceSampler(TimestepSampler):
         if bins is None:
             per_timestep = history is not None and isinstance(self.schedule, DiscreteSchedule)
             bins = len(self.schedule.grid()) if per_timestep else BINS
-        tracker = LossVarianceTracker(bins, -LIMIT, LIMIT, density=self.density, decay=DECAY, reduce=reduce)
-        return tracker if history is None else LossHistory(tracker.edges, history, reduce=reduce)
+        ends = torch.tensor([-LIMIT, LIMIT], dtype=torch.float64)
+        edges = torch.cat((ends[:1], self._quantiles.edges(bins), ends[1:]))
+        if history is not None:
+            return LossHistory(edges, history, reduce=reduce)
+        return LossVarianceTracker.with_edges(edges, decay=DECAY, reduce=reduce)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.rule.of!r}, {self.mode!r}, {len(self._mass)} bins, {self.density!r})"
@@ -256,7 +259,8 @@ class ImportanceSampler(TimestepSampler):
         )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return q, the evidence and the count of draws."""
+        """Return q, the evidence and the count of draws; on several processes a collective."""
+        self.evidence.sync()
         evidence = {f"evidence.{name}": value for name, value in self.evidence.state_dict().items()}
         return {**super().state_dict(), "tilt": self._tilt.cpu().clone(), **evidence}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -23,6 +24,9 @@ class Quantiles(Protocol):
 
     def mass_up_to(self, log_snr: Tensor) -> Tensor:
         """Return the mass at or below ``log_snr`` (n,), on the CPU."""
+
+    def edges(self, bins: int) -> Tensor:
+        """Return the log-SNRs (bins - 1,) between bins of equal mass, rising, on the CPU."""
 
     def support(self) -> Tensor:
         """Return timesteps that stand for all that have mass."""
@@ -58,6 +62,10 @@ class ContinuousQuantiles:
     def mass_up_to(self, log_snr: Tensor) -> Tensor:
         """Return the mass at or below ``log_snr`` (n,)."""
         return mass_up_to(self.density, log_snr)
+
+    def edges(self, bins: int) -> Tensor:
+        """Return the quantiles k / bins."""
+        return self.density.icdf(torch.arange(1, bins, dtype=torch.float64) / bins)
 
     def support(self) -> Tensor:
         """Return the timesteps at 1000 quantiles."""
@@ -96,6 +104,14 @@ class DiscreteQuantiles:
     def mass_up_to(self, log_snr: Tensor) -> Tensor:
         """Return the probability of the timesteps at or below ``log_snr`` (n,)."""
         return torch.where(self._log_snr <= log_snr[:, None], self.probability, 0.0).sum(1)
+
+    def edges(self, bins: int) -> Tensor:
+        """Return the log-SNRs of timesteps, each the last of its bin; fewer if the timesteps do not suffice."""
+        drawn = self.probability > 0
+        rising, upper = self._log_snr[drawn].flip(0), self.probability[drawn].flip(0).cumsum(0)
+        last = torch.searchsorted(upper, torch.arange(1, bins, dtype=torch.float64) / bins - 1e-9)
+        edges = rising[last.clamp(max=len(rising) - 1)].unique()
+        return edges[(edges < rising[-1]) & (edges > -math.inf)]
 
     def support(self) -> Tensor:
         """Return the timesteps with a probability above 0."""

@@ -118,6 +118,9 @@ class TimestepSampler:
         t = self._quantiles.timesteps(u)
         return Draw(t, self.weight(t))
 
+    def update(self, t: Tensor, loss: Tensor, *, weight: Tensor | None = None) -> None:
+        """Do nothing: the density is fixed. ``ImportanceSampler`` learns."""
+
     def weight(self, t: Tensor) -> Tensor:
         """Return the factors (B,), float32, on the losses of timesteps ``t`` (B,) of this sampler."""
         if self._base is None:

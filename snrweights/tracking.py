@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -86,6 +87,14 @@ class LossVarianceTracker:
         self.updates = self._window_start = 0
         self.snapshots: list[tuple[int, Tensor]] = []
         self._total, self._pending, self._before = (self._zeros() for _ in range(3))
+
+    @classmethod
+    def with_edges(cls, edges: Tensor, **options: Any) -> LossVarianceTracker:
+        """Return a tracker with bins of its own; ``edges`` (bins + 1,) rise, in float64."""
+        tracker = cls(**options)
+        tracker.edges = edges
+        tracker.reset()
+        return tracker
 
     def __repr__(self) -> str:
         return f"LossVarianceTracker({_describe(self.edges)}, unit={self.unit!r})"

@@ -13,7 +13,9 @@ from training import TINY, assert_bit_equal, final_state, main, start
 
 pytestmark = pytest.mark.slow
 STEPS = 9
-EVERY_THREE = [*TINY, "--max-steps", str(STEPS), "--checkpointing-steps", "3", "--checkpoints-total-limit", "2"]
+SAMPLER = ["--importance", "gradient", "--importance-refresh", "2", "--draws", "stratified"]
+EVERY_THREE = [*TINY, *SAMPLER, "--max-steps", str(STEPS), "--checkpointing-steps", "3"]
+EVERY_THREE += ["--checkpoints-total-limit", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def test_the_last_checkpoints_are_kept_and_hold_no_pickle(whole):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(("to_group", "workers"), [(True, 0), (True, 2), (False, 0)])
 def test_signals_leave_a_checkpoint_and_the_run_resumes(whole, tmp_path, number, to_group, workers):
-    argv = [*TINY, "--max-steps", str(STEPS), "--output-dir", str(tmp_path / "run"), "--logging-steps", "1"]
+    argv = [*TINY, *SAMPLER, "--max-steps", str(STEPS), "--output-dir", str(tmp_path / "run"), "--logging-steps", "1"]
     argv += ["--dataloader-num-workers", str(workers)]
     child = start(argv)
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -56,6 +58,15 @@ def test_signals_leave_a_checkpoint_and_the_run_resumes(whole, tmp_path, number,
     assert 1 < int(checkpoint.removeprefix("step-")) < STEPS
     main([*EVERY_THREE, "--output-dir", str(tmp_path / "run"), "--resume_from_checkpoint", "latest"])
     assert_bit_equal(final_state(tmp_path / "run", STEPS), final_state(whole, STEPS))
+
+
+def test_a_history_of_losses_resumes_to_the_same_bits(tmp_path):
+    argv = [*TINY, "--importance", "loss_second_moment", "--max-steps", "4", "--checkpointing-steps", "2"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    main([*argv, "--output-dir", str(whole)])
+    shutil.copytree(whole / "checkpoints" / "step-00000002", resumed / "checkpoints" / "step-00000002")
+    main([*argv, "--output-dir", str(resumed), "--resume", "latest"])
+    assert_bit_equal(final_state(resumed, 4), final_state(whole, 4))
 
 
 def test_killed_at_twenty_random_moments_it_ends_bit_equal(whole, tmp_path):

@@ -14,6 +14,7 @@ from snrweights.integrations.config import load_preset
 from training import EXAMPLES, TINY, main
 
 import snrweights
+from snrweights import get_weighting
 
 pytestmark = pytest.mark.slow
 SCRIPT = EXAMPLES / "train.py"
@@ -188,7 +189,8 @@ def test_presets_are_complete():
         assert load_preset(Options, path.parent, path.stem).preset == path.stem
 
 
-def test_draws_do_not_depend_on_the_number_of_processes():
+@pytest.mark.parametrize("draws", ["independent", "antithetic", "stratified"])
+def test_draws_do_not_depend_on_the_number_of_processes(draws):
     sys.path.insert(0, str(EXAMPLES))
     import train
 
@@ -200,14 +202,16 @@ def test_draws_do_not_depend_on_the_number_of_processes():
 
     options = train.Options()
     options.data.random_flip = True
-    trainer = object.__new__(train.Trainer)
+    trainer, weighting = object.__new__(train.Trainer), get_weighting("min_snr")
     trainer.options, trainer.process = options, train.PROCESSES["discrete"](options.process)
     images, labels = torch.randn(8, 1, 4, 4), torch.arange(8)
+    options.sampler.draws = draws
 
     def drawn(rank, world):
         trainer.accelerator = Process(rank, world)
         here = slice(8 // world * rank, 8 // world * (rank + 1))
-        return trainer.draw(images[here], labels[here], 5)
+        sampler = trainer.make_sampler(weighting)
+        return *trainer.draw(images[here], labels[here], 5), *sampler.draw(8 // world, index=5)
 
     for one, two in zip(drawn(0, 1), zip(drawn(0, 2), drawn(1, 2), strict=True), strict=True):
         assert torch.equal(one, torch.cat(two))

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.slow
 STEPS = 4
 COMMON = [*TINY, "--dropout", "0", "--max-steps", str(STEPS), "--checkpointing-steps", "2", "--num-samples", "6"]
 COMMON += ["--eval-batch-size", "2", "--random-flip", "--logging-steps", "1", "--lr-warmup-steps", "100"]
+COMMON += ["--importance", "gradient", "--importance-refresh", "2", "--draws", "stratified"]
 FSDP = Path(__file__).with_name("fsdp_on_cpu.py")
 
 
