@@ -70,7 +70,7 @@ def test_the_readme_has_the_table_of_the_registry():
 def test_the_training_guide_has_every_flag():
     options = ast.parse((ROOT / "examples" / "options.py").read_text())
     names = {node.target.id for node in ast.walk(options) if isinstance(node, ast.AnnAssign)}
-    sections = {"run", "data", "model", "weight", "optimizer", "output"}  # "process" is also a flag
+    sections = {"run", "data", "model", "weight", "sampler", "optimizer", "output"}  # "process" is also a flag
     guide = (ROOT / "examples" / "guides" / "training.md").read_text()
     missing = [name for name in names - sections if f"`--{name.replace('_', '-')}`" not in guide]
     assert missing == []
