@@ -186,7 +186,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     filled().save(path)
     old = load_file(path)
     monkeypatch.setattr(
-        "snrweights.tracking.save_file", lambda state, path, metadata: (_ for _ in ()).throw(OSError("disk full"))
+        "snrweights.tracker_state.save_file", lambda state, path, metadata: (_ for _ in ()).throw(OSError("disk full"))
     )
     with pytest.raises(OSError, match="disk full"):
         filled(bins=3).save(path)
