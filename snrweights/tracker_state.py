@@ -61,11 +61,10 @@ def _expect(holds: bool, state: dict[str, Tensor], name: str, otherwise: str) ->
 
 
 def write_state(path: str | os.PathLike[str], state: dict[str, Tensor], options: dict[str, Any]) -> None:
-    """Write a state as safetensors, aside and then renamed; options that are not None go into its metadata."""
+    """Write a state as safetensors, aside and then renamed; the options go into its metadata."""
     path = Path(path)
     aside = path.with_name(path.name + ".tmp")
-    metadata = {name: json.dumps(value) for name, value in options.items() if value is not None}
-    save_file(state, aside, metadata={"snrweights": json.dumps("LossVarianceTracker"), **metadata})
+    save_file(state, aside, metadata={"options": json.dumps(options)})
     os.replace(aside, path)
 
 
@@ -80,7 +79,12 @@ def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
         state = load_file(path)
         check_state(state)
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        return state, {name: json.loads(value) for name, value in metadata.items() if name != "snrweights"}
+            options = json.loads((file.metadata() or {}).get("options", "{}"))
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"`path` {os.fspath(path)!r} is not a tracker's file: {error}") from None
+        raise not_a_file(path, error) from None
+    return state, options
+
+
+def not_a_file(path: str | os.PathLike[str], reason: object) -> ValueError:
+    """Return the error that says why a file is not a tracker's."""
+    return ValueError(f"`path` {os.fspath(path)!r} is not a tracker's file: {reason}")

@@ -14,7 +14,7 @@ from snrweights.densities import Density
 from snrweights.predictions import LIMIT, check_prediction_type, log_error_ratio
 from snrweights.schedules import exact_dtype
 from snrweights.statistics import LossStatistics
-from snrweights.tracker_state import ROWS, check_state, read_state, write_state
+from snrweights.tracker_state import ROWS, check_state, not_a_file, read_state, write_state
 
 _COUNT, _SUM, _SQUARES, _NONFINITE, _GRADIENTS, _GRADIENT_SQUARES = range(len(ROWS))
 _MOST_SNAPSHOTS = 256
@@ -298,7 +298,10 @@ class LossVarianceTracker:
             ValueError: it is not a tracker's file, or damaged.
         """
         state, options = read_state(path)
-        return cls._of(state, options)
+        try:
+            return cls._of(state, options)
+        except (TypeError, ValueError) as error:  # options that this version does not know, or that are damaged
+            raise not_a_file(path, error) from None
 
     @classmethod
     def merge(cls, trackers: Sequence[LossVarianceTracker]) -> LossVarianceTracker:

@@ -218,6 +218,23 @@ def test_every_byte_of_a_file_is_needed(tmp_path):
     assert torch.equal(LossVarianceTracker.load(path).edges, tracker.edges)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("not json", "Expecting value"),
+        ('{"decay": 5}', r"`decay` must lie in \(0, 1\), got 5"),
+        ('{"colour": "red"}', "unexpected keyword argument 'colour'"),
+        ("[1]", "must be a mapping"),
+        ('{"unit": "noise"}', "Unknown prediction_type 'noise'"),
+    ],
+)
+def test_damaged_options_are_refused(options, message, tmp_path):
+    path = tmp_path / "tracker.safetensors"
+    save_file(a_state(), path, metadata={"options": options})
+    with pytest.raises(ValueError, match=f"'.*tracker.safetensors' is not a tracker's file: .*{message}"):
+        LossVarianceTracker.load(path)
+
+
 def test_bins_of_other_widths_are_named_so():
     state = a_state()
     state["edges"] = torch.tensor([-2.0, -1, 0.5, 1, 2], dtype=torch.float64)
