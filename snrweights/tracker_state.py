@@ -35,7 +35,7 @@ def check_state(state: dict[str, Tensor]) -> None:
     _expect(bool((state["edges"].diff() > 0).all()), state, "edges", "not increasing")
     _check_numbers(state, "updates", (2,), torch.int64)
     _expect(bool((state["updates"] >= 0).all()), state, "updates", "negative")
-    moments = {"moments": (len(ROWS), bins), "moments_before": (len(ROWS), bins)}
+    moments: dict[str, tuple[int, ...]] = {"moments": (len(ROWS), bins), "moments_before": (len(ROWS), bins)}
     if snapshots:
         steps = state["snapshot_steps"].numel()
         _check_numbers(state, "snapshot_steps", (steps,), torch.int64)

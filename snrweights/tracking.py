@@ -57,6 +57,15 @@ class LossVarianceTracker:
         tensor([2., 5.], dtype=torch.float64)
     """
 
+    updates: int
+    snapshots: list[tuple[int, Tensor]]
+    _synced: int  # updates at the last sync
+    _window_start: int  # and where the window began
+    _total: Tensor  # of all processes, up to the last sync
+    _pending: Tensor  # of this one since then
+    _before: Tensor  # what will leave the window next
+    _marks: list[Tensor]  # what was pending at the updates for which a snapshot is due
+
     def __init__(
         self,
         bins: int = 40,
@@ -155,6 +164,8 @@ class LossVarianceTracker:
         self._total, self._pending, self._before = (
             moments.to(device, dtype) for moments in (self._total, self._pending, self._before)
         )
+        self._marks = [moments.to(device, dtype) for moments in self._marks]
+        self.snapshots = [(step, moments.to(device, dtype)) for step, moments in self.snapshots]
 
     def _factor(self, prediction_type: str, log_snr: Tensor) -> Tensor:
         if self.unit is None:
@@ -247,8 +258,7 @@ class LossVarianceTracker:
     def reset(self) -> None:
         """Forget what was seen."""
         self._total, self._pending, self._before = (self._zeros() for _ in range(3))
-        self.snapshots: list[tuple[int, Tensor]] = []
-        self._marks: list[Tensor] = []  # what was pending at the updates for which a snapshot is due
+        self.snapshots, self._marks = [], []
         self.updates = self._synced = self._window_start = 0
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -279,6 +279,17 @@ def test_a_loaded_tracker_goes_on_like_the_saved_one(options, tmp_path):
     assert load_file(tmp_path / "tracker.safetensors")["moments"].dtype == torch.float64
 
 
+def test_a_loaded_tracker_moves_to_the_device_of_the_losses_as_a_whole():
+    tracker = LossVarianceTracker(bins=4, low=-2, high=2, snapshot_every=1, reduce=torch.clone)
+    tracker.load_state_dict(a_state())
+    tracker.update(torch.ones(2), torch.zeros(2))
+    tracker._move(torch.device("meta"))
+    held = [value for value in vars(tracker).values() if isinstance(value, torch.Tensor)]
+    held += [*tracker._marks, *(moments for _, moments in tracker.snapshots)]
+    assert len(held) == 4 + 1 + 3
+    assert {value.device.type for value in held} == {"meta"}
+
+
 # a long run -----------------------------------------------------------------------------------------------------------
 
 
