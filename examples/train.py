@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list
 from diffusers import UNet2DModel
 from options import FREE, Options, check_options
 from snrweights.integrations import metrics
+from snrweights.integrations.accelerate import log_loss_by_noise
 from snrweights.integrations.checkpoint import CheckpointError, Checkpoints, StopSignal
 from snrweights.integrations.config import changed_options, parse_options, save_options
 from snrweights.integrations.data import ImageTensors, SeededBatches, detach_worker, load_images
@@ -166,12 +167,11 @@ def train(options: Options) -> Trainer:
         running += torch.stack((trainer.step(step, loader), one))
         progress.update()
         last = step == settings.max_steps
-        if step == settings.max_steps // 2:
-            trainer.tracker.reset()  # the figure is of the second half: what the first steps were like hides the rest
         if step % options.output.logging_steps == 0 or last:
             total, count = accelerator.reduce(running, "mean").tolist()
             loss = total / count
             running.zero_()
+            log_loss_by_noise(accelerator, trainer.tracker, step, since=(step - 1) * trainer.accumulation)
             log.write(step, loss=loss, lr=trainer.learning_rate(step), seconds=time.perf_counter() - began)
             progress.set_postfix(loss=f"{loss:.4f}")
         if held and (last or (options.output.validation_steps and step % options.output.validation_steps == 0)):
@@ -214,8 +214,12 @@ def finish(options: Options, trainer: Trainer, data: Subset, log: MetricsLog, se
     if not accelerator.is_main_process:
         return
     trainer.tracker.save(output / "tracker.safetensors")
-    figure = plots.plot_loss_by_noise(trainer.tracker.compute(), log.validations())
-    plots.save(figure, output / "loss_by_noise.png")
+    # of the second half: what the first steps were like hides the rest
+    second_half = trainer.tracker.since(options.optimizer.max_steps * trainer.accumulation // 2)
+    plots.save(plots.plot_loss_by_noise(second_half, log.validations()), output / "loss_by_noise.png")
+    history = [(update // trainer.accumulation, statistics) for update, statistics in trainer.tracker.history()]
+    if len(history) > 1:
+        plots.save(plots.plot_history(history), output / "loss_history.png")
     image_grid(samples[:100]).save(output / "samples.png")
     results = metrics.compare(
         samples,

@@ -61,6 +61,7 @@ class Trainer:
 
     def __init__(self, options: Options, accelerator: Accelerator, process: Process) -> None:
         self.options, self.accelerator, self.process = options, accelerator, process
+        self.accumulation = options.optimizer.gradient_accumulation_steps
         weighting = snrweights.get_weighting(options.weight.method, **parse_settings(options.weight.set))
         self.sampler = self.make_sampler(weighting)
         self.weight = weighting.bind(
@@ -70,7 +71,9 @@ class Trainer:
             normalize="mean" if options.weight.normalize == "mean" else None,
             clamp_max=options.weight.clamp_max,
         )
-        self.tracker = self.make_tracker(reduce=SumOverProcesses(accelerator))
+        self.tracker = self.make_tracker(
+            reduce=SumOverProcesses(accelerator), snapshot_every=options.output.logging_steps * self.accumulation
+        )
         model = process.wrap(make_model(options))
         optimizer = torch.optim.Adam(model.parameters(), lr=options.optimizer.learning_rate)
         schedule = get_scheduler(
@@ -97,7 +100,7 @@ class Trainer:
             "seed": self.options.run.seed,
             "rank": self.accelerator.process_index,
             "world_size": self.accelerator.num_processes,
-            "accumulation": self.options.optimizer.gradient_accumulation_steps,
+            "accumulation": self.accumulation,
         }
         if rule == "none":
             return snrweights.TimestepSampler(self.process.schedule, density, **draws)
@@ -134,7 +137,7 @@ class Trainer:
 
     def step(self, step: int, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
         """Make optimizer step number ``step``, from 1; return the weighted loss, on the device."""
-        accumulate, device = self.options.optimizer.gradient_accumulation_steps, self.accelerator.device
+        accumulate, device = self.accumulation, self.accelerator.device
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         total = torch.zeros((), device=device)

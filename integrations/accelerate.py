@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from snrweights.tracker_state import read_state
 from snrweights.tracking import LossVarianceTracker
 
 FILE = "tracker.safetensors"
@@ -19,9 +20,9 @@ class SumOverProcesses:
         self.accelerator = accelerator
 
     def __call__(self, moments: Tensor) -> Tensor:
-        """Return the sum over processes, on each of them."""
-        summed: Tensor = self.accelerator.reduce(moments, reduction="sum")
-        return summed
+        """Return the sum over processes, on each of them; also of one that has seen nothing, on no device, yet."""
+        summed: Tensor = self.accelerator.reduce(moments.to(self.accelerator.device), reduction="sum")
+        return summed.to(moments.device)
 
 
 class _Hooks:
@@ -38,7 +39,13 @@ class _Hooks:
 
     def load(self, models: Any, input_dir: str) -> None:
         del models
-        self.tracker.load_state_dict(LossVarianceTracker.load(Path(input_dir) / self.file).state_dict())
+        path = Path(input_dir) / self.file
+        state, options = read_state(path)
+        if options.get("unit") != self.tracker.unit:
+            raise ValueError(
+                f"{path} has losses of unit {options.get('unit')!r}; the tracker's is {self.tracker.unit!r}."
+            )
+        self.tracker.load_state_dict(state)
 
 
 class Attached:
@@ -59,6 +66,9 @@ def attach_to(tracker: LossVarianceTracker, accelerator: Any, file: str = FILE) 
 
     ``accelerator.save_state(folder)`` syncs the tracker and writes ``folder/tracker.safetensors``;
     ``accelerator.load_state(folder)`` reads it, on any number of processes. Nothing is pickled.
+
+    Attach before the first update. A run that is saved goes on to the same bits as one that is resumed from there on
+    the same number of processes. The state of a tracker with other bins or another unit is refused.
 
     Args:
         tracker: updated by each process with its own batches.
@@ -94,10 +104,25 @@ def attach_to(tracker: LossVarianceTracker, accelerator: Any, file: str = FILE) 
     )
 
 
-def log_loss_by_noise(accelerator: Any, tracker: LossVarianceTracker, step: int, prefix: str = "loss_by_noise") -> None:
+def log_loss_by_noise(
+    accelerator: Any,
+    tracker: LossVarianceTracker,
+    step: int,
+    *,
+    since: int | None = None,
+    prefix: str = "loss_by_noise",
+) -> None:
     """Sync the tracker and log mean and standard deviation per bin, and both terms of the variance.
 
     Every process calls it; ``accelerator.log`` writes on the main one.
+
+    Args:
+        accelerator: an ``accelerate.Accelerator``.
+        tracker: to log.
+        step: for the logger.
+        since: what came after this update of the tracker alone; see ``LossVarianceTracker.since``.
+        prefix: of the scalars' names.
     """
     tracker.sync()
-    accelerator.log(tracker.compute().scalars(prefix), step=step)
+    statistics = tracker.compute() if since is None else tracker.since(since)
+    accelerator.log(statistics.scalars(prefix), step=step)

@@ -24,6 +24,7 @@ from snrweights.integrations.diffusers import attach
 from snrweights.integrations.files import write_text
 from snrweights.integrations.noticing import Noticing
 from snrweights.integrations.script import add_script, run_script, split_command_line, without_secrets
+from snrweights.integrations.shares import discard_shares, save_together
 from snrweights.integrations.timestep_adapters import adapter_of, position_of, refusal_of
 from torch import Tensor, nn
 
@@ -172,6 +173,8 @@ class WeightedRun:
         """Run the script; return 0, or NOT_WEIGHTED if it ended well and nothing was weighted."""
         from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+        if self.arguments.track:
+            discard_shares(self.arguments.track, self._rank, self._world_size)
         patience = register_optimizer_step_pre_hook(self._on_optimizer_step)
         try:
             with self._noticing:
@@ -252,16 +255,15 @@ class WeightedRun:
         """Write what was asked for; return whether that went well, and leave a script's own error to be seen."""
         try:
             self._write_files()
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError) as error:
             self._say(f"could not write: {error}")
             return False
         return True
 
     def _write_files(self) -> None:
         if self.arguments.track:
-            for i, attachment in enumerate(self.attached):
-                which = "".join(f"-{n}" for n in (i, self._rank) if n or self._world_size > 1)
-                attachment.tracker.save(self.arguments.track / f"tracker{which}.safetensors")  # type: ignore[union-attr]
+            trackers = [attachment.tracker for attachment in self.attached]
+            save_together(trackers, self.arguments.track, self._rank, self._world_size)  # type: ignore[arg-type]
         if self.arguments.report and self._rank == 0:
             report = {
                 "snrweights": __version__,

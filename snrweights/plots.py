@@ -241,12 +241,14 @@ def plot_history(history: Sequence[tuple[int, LossStatistics]]) -> Figure:
     steps = [step for step, _ in history]
     edges = history[0][1].edges
     seen = torch.stack(columns).isfinite().any(0).nonzero()
-    low, high = int(seen.min()), int(seen.max()) + 1
+    low, high = (int(seen.min()), int(seen.max()) + 1) if len(seen) else (0, len(edges) - 1)
     figure = _figure(1)
     ax = figure.subplots()
     values = torch.stack(columns, 1)[low:high]
     levels = edges[low : high + 1].numpy()
-    mesh = ax.pcolormesh(steps, levels, values.numpy(), norm="log", cmap="viridis", rasterized=True)
+    mesh = ax.pcolormesh(
+        steps, levels, values.numpy(), norm="log" if len(seen) else "linear", cmap="viridis", rasterized=True
+    )
     unit = history[0][1].unit
     figure.colorbar(mesh, label=f"mean squared error of {unit}" if unit else "loss")
     ax.set_title("unweighted loss by noise level over training", fontsize=10)

@@ -23,7 +23,7 @@ class LossStatistics:
         count: (bins,) losses seen; with decay, the sum of what is left of them.
         mean: (bins,) their mean.
         variance: (bins,) their variance, divided by the count.
-        nonfinite: (bins,) losses that were NaN or infinite: counted, not averaged in.
+        nonfinite: (bins,) losses that were NaN or infinite, or negative in a unit: counted, not averaged in.
         gradient_square: (bins,) mean squared norm of the loss's gradient at the output; NaN where it was not given.
         unit: the target whose mean squared error the loss is; None if it is as it was given.
     """
@@ -42,7 +42,7 @@ class LossStatistics:
         return self.variance + self.mean**2
 
     def total_variance(self) -> tuple[float, float]:
-        """Return both terms of Var[L] = E[Var[L | bin]] + Var[E[L | bin]].
+        """Return both terms of Var[L] = E[Var[L | bin]] + Var[E[L | bin]]; NaN where no losses were seen.
 
         Example:
             >>> import torch
@@ -54,6 +54,8 @@ class LossStatistics:
             (0.666667, 3.555556)
         """
         seen = self.count > 0
+        if not bool(seen.any()):
+            return math.nan, math.nan
         share = self.count[seen].double() / self.count[seen].sum()
         mean = self.mean[seen]
         within = (share * self.variance[seen]).sum()
@@ -68,8 +70,8 @@ class LossStatistics:
         return [dict(zip(COLUMNS, row, strict=True)) for row in zip(*(clean[name] for name in COLUMNS), strict=True)]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return bins, unit and both terms of the variance as plain values, for JSON."""
-        within, between = self.total_variance()
+        """Return bins, unit and both terms of the variance as plain values, for JSON; None for NaN."""
+        within, between = (None if math.isnan(term) else term for term in self.total_variance())
         return {"unit": self.unit, "variance_within": within, "variance_between": between, "bins": self.rows()}
 
     def to_json(self) -> str:
@@ -93,13 +95,13 @@ class LossStatistics:
             for row in self.rows()
             if row["count"]
         ]
+        bad = int(self.nonfinite.sum())
+        last = [f"{bad} losses were not finite{'' if self.unit is None else ', or negative'}"] if bad else []
         if not lines:
-            return "no losses seen"
+            return "\n".join(["no losses seen", *last])
         within, between = self.total_variance()
         total = within + between
         share = f" ({100 * between / total:.0f} % of it between noise levels)" if total > 0 else ""
-        bad = int(self.nonfinite.sum())
-        last = [f"{bad} losses were not finite"] if bad else []
         return "\n".join([head, *lines, f"variance {total:.5g}{share}", *last])
 
     def scalars(self, prefix: str = "loss_by_noise") -> dict[str, float]:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from snrweights.densities import Density
 from snrweights.predictions import LIMIT, check_prediction_type, log_error_ratio
 from snrweights.schedules import exact_dtype
 from snrweights.statistics import LossStatistics
+from snrweights.tracker_state import ROWS, check_state, not_a_file, read_state, write_state
 
-_ROWS = ("count", "sum", "squares", "nonfinite", "gradients", "gradient_squares")
-_COUNT, _SUM, _SQUARES, _NONFINITE, _GRADIENTS, _GRADIENT_SQUARES = range(len(_ROWS))
+_COUNT, _SUM, _SQUARES, _NONFINITE, _GRADIENTS, _GRADIENT_SQUARES = range(len(ROWS))
 _MOST_SNAPSHOTS = 256
 
 Reduce = Callable[[Tensor], Tensor]
@@ -28,7 +26,9 @@ class LossVarianceTracker:
     """Mean, variance and second moment of the **unweighted** per-sample loss over log-SNR, on the loss's device.
 
     ``update`` neither synchronises with the host nor allocates anything that stays. Each process counts its own
-    batches until ``sync()``, the only collective.
+    batches until ``sync()``, the only collective, and a process may have made fewer updates than another by then.
+    Sums are kept in float64, in the order of the updates and of the ``sync`` between them: a run that is saved goes
+    on to the same bits as one that is resumed from there.
 
     Args:
         bins: number of bins.
@@ -36,12 +36,15 @@ class LossVarianceTracker:
         high: log-SNR of the highest edge.
         density: give bins of equal mass under this density in place of equal width.
         unit: the target in whose mean squared error losses are counted; those of other targets are converted
-            exactly. None counts them as they are given.
+            exactly, and a negative one, which no mean squared error is, is counted with those that are not finite.
+            None takes any finite loss as it is given.
         sigma_data: for the ``edm`` target.
-        decay: factor on all moments at each update, so that old losses fade.
+        decay: factor on all moments at each update, so that old losses fade. A process without samples in a batch
+            makes an update with none, ``torch.empty(0)``, where the others' fade: two processes are then exactly one.
         window: forget what is further back than this many updates, at most twice as many; with ``reduce`` at the next
             ``sync`` after them. Not with ``decay``.
-        snapshot_every: keep the moments at every so many updates, for a heat map.
+        snapshot_every: keep the moments at every so many updates, for a heat map; with ``reduce`` those of all
+            processes, from the next ``sync`` on, and of more than 256 between two of them the first 256.
         reduce: sums a tensor over the processes, called by ``sync`` on all of them; None on a single one.
 
     Raises:
@@ -53,6 +56,15 @@ class LossVarianceTracker:
         >>> tracker.compute().mean
         tensor([2., 5.], dtype=torch.float64)
     """
+
+    updates: int
+    snapshots: list[tuple[int, Tensor]]
+    _synced: int  # updates at the last sync
+    _window_start: int  # and where the window began
+    _total: Tensor  # of all processes, up to the last sync
+    _pending: Tensor  # of this one since then
+    _before: Tensor  # what will leave the window next
+    _marks: list[Tensor]  # what was pending at the updates for which a snapshot is due
 
     def __init__(
         self,
@@ -84,9 +96,7 @@ class LossVarianceTracker:
         self.sigma_data = sigma_data
         self.decay, self.window, self.snapshot_every = decay, window, snapshot_every
         self.reduce = reduce
-        self.updates = self._window_start = 0
-        self.snapshots: list[tuple[int, Tensor]] = []
-        self._total, self._pending, self._before = (self._zeros() for _ in range(3))
+        self.reset()
 
     @classmethod
     def with_edges(cls, edges: Tensor, **options: Any) -> LossVarianceTracker:
@@ -100,7 +110,7 @@ class LossVarianceTracker:
         return f"LossVarianceTracker({_describe(self.edges)}, unit={self.unit!r})"
 
     def _zeros(self) -> Tensor:
-        return torch.zeros(len(_ROWS), len(self.edges) - 1, dtype=self.edges.dtype, device=self.edges.device)
+        return torch.zeros(len(ROWS), len(self.edges) - 1, dtype=self.edges.dtype, device=self.edges.device)
 
     @torch.no_grad()
     def update(
@@ -136,13 +146,14 @@ class LossVarianceTracker:
         if prediction_type is not None:
             loss = loss * self._factor(prediction_type, log_snr)
         valid = loss.isfinite() & ~log_snr.isnan()
+        if self.unit is not None:
+            valid &= loss >= 0
         value = torch.where(valid, loss, 0.0)
         rows = [valid.to(value), value, value * value, (~valid).to(value)]
         if gradient_square is not None:
-            known = gradient_square.isfinite() & ~log_snr.isnan()
+            known = gradient_square.isfinite() & (gradient_square >= 0) & ~log_snr.isnan()
             rows += [known.to(value), torch.where(known, gradient_square.to(value), 0.0)]
         if self.decay is not None:
-            self._total *= self.decay
             self._pending *= self.decay
         place = torch.bucketize(log_snr, self.edges[1:-1])
         self._pending[: len(rows)].index_add_(1, place, torch.stack(rows))
@@ -150,7 +161,10 @@ class LossVarianceTracker:
         if self.window is not None and self.reduce is None and self.updates % self.window == 0:
             self.sync()
         if self.snapshot_every is not None and self.updates % self.snapshot_every == 0:
-            self.snapshot(self.updates)
+            if self.reduce is None:
+                self._keep(self.updates, self._moments())
+            elif len(self._marks) < _MOST_SNAPSHOTS:
+                self._marks.append(self._pending.clone())
 
     def _move(self, device: torch.device) -> None:
         dtype = exact_dtype(device)
@@ -158,6 +172,8 @@ class LossVarianceTracker:
         self._total, self._pending, self._before = (
             moments.to(device, dtype) for moments in (self._total, self._pending, self._before)
         )
+        self._marks = [moments.to(device, dtype) for moments in self._marks]
+        self.snapshots = [(step, moments.to(device, dtype)) for step, moments in self.snapshots]
 
     def _factor(self, prediction_type: str, log_snr: Tensor) -> Tensor:
         if self.unit is None:
@@ -169,21 +185,58 @@ class LossVarianceTracker:
         return (to - of).exp()
 
     def snapshot(self, step: int) -> None:
-        """Keep this process's moments as they are now, under a step; of very many every second is dropped."""
-        self.snapshots.append((step, self._moments().clone()))
+        """Keep the moments as they are now under a step: with ``reduce`` of all processes, a collective like ``sync``.
+
+        Of more than 256 snapshots every second is dropped.
+        """
+        if self.reduce is not None:
+            self.sync()
+        self._keep(step, self._moments())
+
+    def _keep(self, step: int, moments: Tensor) -> None:
+        self.snapshots.append((step, moments))
         if len(self.snapshots) > _MOST_SNAPSHOTS:
             del self.snapshots[::2]
 
     def _moments(self) -> Tensor:
-        return self._before + self._total + self._pending
+        return self._before + self._faded(self.updates) + self._pending
+
+    def _faded(self, updates: int) -> Tensor:
+        """What all processes had seen at the last ``sync``, after so many updates."""
+        return self._total if self.decay is None else self._total * self.decay ** (updates - self._synced)
 
     def sync(self) -> None:
-        """Add what all processes have seen since the last time; a collective, to be called on every one of them."""
-        pending = self._pending if self.reduce is None else self.reduce(self._pending)
-        self._total = self._total + pending
-        self._pending = self._zeros()
-        if self.window is not None and self.updates - self._window_start >= self.window:
-            self._before, self._total, self._window_start = self._total, self._zeros(), self.updates
+        """Add what all processes have seen since the last time; a collective, to be called on every one of them.
+
+        All have the same statistics, snapshots and ``updates`` afterwards: their mean number, rounded up.
+        """
+        pending, marks, updates = self._pending, self._marks, self.updates
+        if self.reduce is not None:
+            pending, marks, updates = self._summed(self.reduce)
+        for step, moments in list(self._marked(marks, updates)):
+            self._keep(step, moments)
+        self._total = self._faded(updates) + pending
+        self._pending, self._marks = self._zeros(), []
+        self.updates = self._synced = updates
+        if self.window is not None and updates - self._window_start >= self.window:
+            self._before, self._total, self._window_start = self._total, self._zeros(), updates
+
+    def _summed(self, reduce: Reduce) -> tuple[Tensor, list[Tensor], int]:
+        """Sum over the processes, in one tensor that has the same shape on each of them whatever it has seen."""
+        head = self._zeros()
+        head[0, 0], head[1, 0] = self.updates - self._synced, 1
+        slots = 0 if self.snapshot_every is None else _MOST_SNAPSHOTS
+        # what a process has not come to: it has seen no more until then than it has now
+        missing = [self._pending] * (slots - len(self._marks))
+        head, pending, *marks = reduce(torch.stack([head, self._pending, *self._marks, *missing]))
+        made, processes = head[:2, 0].tolist()
+        return pending, marks, self._synced + math.ceil(made / processes)
+
+    def _marked(self, marks: list[Tensor], updates: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield the snapshots since the last ``sync`` up to so many updates, from what was pending at each."""
+        every = self.snapshot_every or 1
+        for step, mark in zip(range((self._synced // every + 1) * every, updates + 1, every), marks, strict=False):
+            yield step, self._before + self._faded(step) + mark
 
     def compute(self, device: torch.device | str | None = "cpu") -> LossStatistics:
         """Return the statistics: of all processes up to the last ``sync``, and of this one since.
@@ -193,9 +246,23 @@ class LossVarianceTracker:
         """
         return self._statistics(self._moments(), device)
 
+    def since(self, step: int) -> LossStatistics:
+        """Return the statistics of what came after the last snapshot at or before ``step``, or of everything.
+
+        Raises:
+            ValueError: the tracker forgets, with ``decay`` or ``window``.
+        """
+        if self.decay is not None or self.window is not None:
+            raise ValueError(f"`since` needs a tracker that forgets nothing, got decay {self.decay}, {self.window}.")
+        earlier = [moments for at, moments in self._all_snapshots() if at <= step]
+        return self._statistics(self._moments() - earlier[-1] if earlier else self._moments())
+
     def history(self) -> list[tuple[int, LossStatistics]]:
-        """Return the snapshots, as steps with statistics up to them."""
-        return [(step, self._statistics(moments)) for step, moments in self.snapshots]
+        """Return the snapshots, as steps with statistics up to them: whose, is as for ``compute``."""
+        return [(step, self._statistics(moments)) for step, moments in self._all_snapshots()]
+
+    def _all_snapshots(self) -> list[tuple[int, Tensor]]:
+        return [*self.snapshots, *self._marked(self._marks, self.updates)]
 
     def _statistics(self, moments: Tensor, device: torch.device | str | None = "cpu") -> LossStatistics:
         device = moments.device if device is None else torch.device(device)
@@ -217,14 +284,15 @@ class LossVarianceTracker:
     def reset(self) -> None:
         """Forget what was seen."""
         self._total, self._pending, self._before = (self._zeros() for _ in range(3))
-        self.snapshots, self.updates, self._window_start = [], 0, 0
+        self.snapshots, self._marks = [], []
+        self.updates = self._synced = self._window_start = 0
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return edges and moments up to the last ``sync`` (on a single process: all), and the snapshots."""
+        """Return edges, moments and snapshots up to the last ``sync``; on a single process: all."""
         if self.reduce is None:
             self.sync()
         state = {"edges": self.edges, "moments": self._total, "moments_before": self._before}
-        state["updates"] = torch.tensor([self.updates, self._window_start])
+        state["updates"] = torch.tensor([self._synced, self._window_start])
         if self.snapshots:
             state["snapshot_steps"] = torch.tensor([step for step, _ in self.snapshots])
             state["snapshots"] = torch.stack([moments for _, moments in self.snapshots])
@@ -236,26 +304,26 @@ class LossVarianceTracker:
         Raises:
             ValueError: the state is not one of a tracker, is damaged, or has other bins.
         """
-        _check_state(state)
+        check_state(state)
         edges = self.edges.cpu()
-        if not torch.equal(state["edges"].to(edges), edges):
+        if not _same_edges(state["edges"], edges):
             raise ValueError(
                 f"The state has other bins: {_describe(state['edges'])}; this tracker has {_describe(edges)}."
             )
-        self._total = state["moments"].to(self._total)
-        self._before = state["moments_before"].to(self._total)
-        self._pending = self._zeros()
-        self.updates, self._window_start = state["updates"].tolist()
-        steps = state.get("snapshot_steps", torch.zeros(0)).tolist()
-        kept = zip(steps, state.get("snapshots", []), strict=True)
-        self.snapshots = [(int(step), moments.to(self._total)) for step, moments in kept]
+        self.reset()
+        self._total, self._before = (state[name].to(self._total) for name in ("moments", "moments_before"))
+        self._synced, self._window_start = state["updates"].tolist()
+        self.updates = self._synced
+        if "snapshots" in state:
+            steps, snapshots = state["snapshot_steps"].tolist(), state["snapshots"].to(self._total)
+            self.snapshots = list(zip(steps, snapshots, strict=True))
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("unit", "sigma_data", "decay", "window", "snapshot_every")}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state as safetensors, aside and then renamed, so that ``path`` is never half-written."""
-        path = Path(path)
-        aside = path.with_name(path.name + ".tmp")
-        save_file(self.state_dict(), aside, metadata={"unit": self.unit or ""})
-        os.replace(aside, path)
+        """Write state and options as safetensors, aside and then renamed, so that ``path`` is never half-written."""
+        write_state(path, self.state_dict(), self._options())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LossVarianceTracker:
@@ -263,17 +331,56 @@ class LossVarianceTracker:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is not a tracker's file.
+            ValueError: it is not a tracker's file, or damaged.
         """
+        state, options = read_state(path)
         try:
-            state = load_file(path)
-            _check_state(state)
-            tracker = cls(unit=_unit_in(path))
-            tracker.edges = state["edges"]
-            tracker._total, tracker._pending, tracker._before = (tracker._zeros() for _ in range(3))
-            tracker.load_state_dict(state)
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"`path` {os.fspath(path)!r} is not a tracker's file: {error}.") from None
+            return cls._of(state, options)
+        except (TypeError, ValueError) as error:  # options that this version does not know, or that are damaged
+            raise not_a_file(path, error) from None
+
+    @classmethod
+    def merge(cls, trackers: Sequence[LossVarianceTracker]) -> LossVarianceTracker:
+        """Return one tracker of what several have seen, as of the processes of a run that saved one each.
+
+        Each counts as ``state_dict`` has it. Snapshots are kept at the steps that all have.
+
+        Raises:
+            ValueError: there are none, or they have not the same bins and options.
+
+        Example:
+            >>> trackers = [LossVarianceTracker(bins=1), LossVarianceTracker(bins=1)]
+            >>> for tracker in trackers:
+            ...     tracker.update(torch.ones(3), torch.zeros(3))
+            >>> LossVarianceTracker.merge(trackers).compute().count
+            tensor([6])
+        """
+        if not trackers:
+            raise ValueError("`trackers` is empty.")
+        first, states = trackers[0], [tracker.state_dict() for tracker in trackers]
+        for tracker, state in zip(trackers, states, strict=True):
+            if not _same_edges(state["edges"], states[0]["edges"]) or tracker._options() != first._options():
+                raise ValueError(
+                    f"Only trackers with the same bins and options can be merged, got {first} with {first._options()} "
+                    f"and {tracker} with {tracker._options()}."
+                )
+        merged = {"edges": states[0]["edges"]}
+        merged["updates"] = torch.stack([state["updates"] for state in states]).amax(0)
+        for name in ("moments", "moments_before"):
+            merged[name] = torch.stack([state[name] for state in states]).sum(0)
+        snapshots = [dict(tracker.snapshots) for tracker in trackers]
+        steps = [step for step in snapshots[0] if all(step in others for others in snapshots)]
+        if steps:
+            merged["snapshot_steps"] = torch.tensor(steps)
+            merged["snapshots"] = torch.stack(
+                [torch.stack([others[step].cpu() for others in snapshots]).sum(0) for step in steps]
+            )
+        return cls._of(merged, first._options())
+
+    @classmethod
+    def _of(cls, state: dict[str, Tensor], options: dict[str, Any]) -> LossVarianceTracker:
+        tracker = cls.with_edges(state["edges"], **options)
+        tracker.load_state_dict(state)
         return tracker
 
 
@@ -288,21 +395,12 @@ def _edges(bins: int, low: float, high: float, density: Density | None) -> Tenso
     return edges
 
 
+def _same_edges(these: Tensor, others: Tensor) -> bool:
+    dtype = torch.float32 if torch.float32 in (these.dtype, others.dtype) else torch.float64
+    return torch.equal(these.to(dtype), others.to(dtype))
+
+
 def _describe(edges: Tensor) -> str:
-    return f"{len(edges) - 1} bins from {edges[0]:g} to {edges[-1]:g}"
-
-
-def _check_state(state: dict[str, Tensor]) -> None:
-    needed = {"edges", "moments", "moments_before", "updates"}
-    if not needed <= set(state) or not set(state) <= needed | {"snapshot_steps", "snapshots"}:
-        raise ValueError(f"Not the state of a LossVarianceTracker: it has {sorted(state)}.")
-    shape = (len(_ROWS), len(state["edges"]) - 1)
-    if any(tuple(state[name].shape) != shape for name in ("moments", "moments_before")):
-        raise ValueError(f"Not the state of a LossVarianceTracker: its moments are not of shape {shape}.")
-    if not all(bool(state[name].isfinite().all()) for name in ("edges", "moments", "moments_before")):
-        raise ValueError("The state of the LossVarianceTracker is damaged: it holds values that are not finite.")
-
-
-def _unit_in(path: str | os.PathLike[str]) -> str | None:
-    with safe_open(path, "pt") as file:
-        return (file.metadata() or {}).get("unit") or None
+    text, widths = f"{len(edges) - 1} bins from {edges[0]:g} to {edges[-1]:g}", edges.diff()
+    equal = torch.allclose(widths, widths[0], rtol=1e-3)
+    return text if equal else f"{text}, of unequal widths with the middle edge at {edges[len(edges) // 2]:.4g}"

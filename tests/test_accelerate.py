@@ -47,6 +47,32 @@ def test_a_state_with_other_bins_is_refused_when_it_is_loaded(tmp_path):
         accelerator.load_state(str(tmp_path))
 
 
+def test_a_state_of_another_unit_is_refused_when_it_is_loaded(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    handle = attach_to(LossVarianceTracker(unit="epsilon"), accelerator)
+    accelerator.save_state(str(tmp_path))
+    handle.detach()
+    handle = attach_to(LossVarianceTracker(), accelerator)
+    with pytest.raises(ValueError, match=r"tracker.safetensors has losses of unit 'epsilon'; the tracker's is None\."):
+        accelerator.load_state(str(tmp_path))
+    handle.detach()
+    attach_to(LossVarianceTracker(unit="epsilon"), accelerator)
+    accelerator.load_state(str(tmp_path))
+
+
+def test_the_sum_is_where_the_moments_are():
+    """A process that has seen nothing has its moments on the CPU, where a GPU's collective does not reach."""
+
+    class OnAnotherDevice:
+        device = torch.device("meta")
+
+        def reduce(self, tensor, reduction):
+            assert (tensor.device, reduction) == (self.device, "sum")
+            return torch.ones(tensor.shape)
+
+    assert SumOverProcesses(OnAnotherDevice())(torch.zeros(2)).tolist() == [1, 1]
+
+
 def test_detached_nothing_is_saved_any_more(tmp_path):
     accelerator, tracker = Accelerator(cpu=True), LossVarianceTracker()
     handle = attach_to(tracker, accelerator)

@@ -13,7 +13,7 @@ PACKAGE = Path(snrweights.__file__).parent
 # a module imports from lower floors only; a new module must be given one
 FLOORS = [
     {"measure", "schedules", "predictions", "seeds", "settings", "version"},
-    {"schedulers", "densities", "process", "statistics"},
+    {"schedulers", "densities", "process", "statistics", "tracker_state"},
     {"drawn", "tracking", "uniforms"},
     {"quantiles", "history", "weightings.base"},
     {"weightings.classic", "weightings.clipped", "weightings.objectives", "weightings.parity"},

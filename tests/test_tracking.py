@@ -186,7 +186,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     filled().save(path)
     old = load_file(path)
     monkeypatch.setattr(
-        "snrweights.tracking.save_file", lambda state, path, metadata: (_ for _ in ()).throw(OSError("disk full"))
+        "snrweights.tracker_state.save_file", lambda state, path, metadata: (_ for _ in ()).throw(OSError("disk full"))
     )
     with pytest.raises(OSError, match="disk full"):
         filled(bins=3).save(path)
@@ -338,30 +338,6 @@ def test_bad_options_are_refused(options, message):
         LossVarianceTracker(**options)
 
 
-# processes, one after the other ------------------------------------------------------------------------------------
-
-
-def test_two_processes_with_uneven_batches_are_one():
-    """Each "process" holds its tracker; the reduction adds what both have pending."""
-    one, trackers = LossVarianceTracker(), [LossVarianceTracker(), LossVarianceTracker()]
-    for rank, tracker in enumerate(trackers):
-        for i in range(3 + rank):  # the last batch is on one process only
-            tracker.update(*batch(10 + rank, 10 * rank + i))
-            one.update(*batch(10 + rank, 10 * rank + i))
-    summed = sum(tracker._pending for tracker in trackers)
-    for tracker in trackers:
-        tracker.reduce = lambda moments: summed
-        tracker.sync()
-        for name in ("mean", "variance"):
-            torch.testing.assert_close(
-                getattr(tracker.compute(), name), getattr(one.compute(), name), rtol=1e-12, atol=1e-12, equal_nan=True
-            )
-        assert torch.equal(tracker.compute().count, one.compute().count)
-    state = trackers[0].state_dict()  # no collective: pending losses are not in it
-    trackers[0].update(*batch(10, 0))
-    assert torch.equal(trackers[0].state_dict()["moments"], state["moments"])
-
-
 # gradients and reports ---------------------------------------------------------------------------------------------
 
 
@@ -410,11 +386,3 @@ def test_reports_say_the_same_in_every_form():
     assert scalars["loss_by_noise/std_at_-1.5"] == 1
     assert scalars["loss_by_noise/variance_within"] == pytest.approx(2 / 3)
     assert str(LossVarianceTracker().compute()) == "no losses seen"
-
-
-@pytest.mark.parametrize("name", ["edges", "moments", "moments_before"])
-def test_a_damaged_state_is_refused(name):
-    state = filled().state_dict()
-    state[name][..., 0] = math.nan
-    with pytest.raises(ValueError, match="damaged"):
-        LossVarianceTracker().load_state_dict(state)

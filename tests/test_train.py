@@ -64,8 +64,8 @@ def test_configuration_and_metrics(run):
     assert len(held_out["log_snr"]) == len(held_out["validation_loss_by_log_snr"]) > 15
 
 
-def test_tracker_saw_every_sample_of_the_second_half(run):
-    assert snrweights.LossVarianceTracker.load(run[0] / "tracker.safetensors").compute().count.sum() == 2 * 64
+def test_tracker_saw_every_sample(run):
+    assert snrweights.LossVarianceTracker.load(run[0] / "tracker.safetensors").compute().count.sum() == 3 * 64
 
 
 def test_model_loads_and_samples(run):
@@ -203,7 +203,7 @@ def test_draws_do_not_depend_on_the_number_of_processes(draws):
     options = train.Options()
     options.data.random_flip = True
     trainer, weighting = object.__new__(train.Trainer), get_weighting("min_snr")
-    trainer.options, trainer.process = options, train.PROCESSES["discrete"](options.process)
+    trainer.options, trainer.process, trainer.accumulation = options, train.PROCESSES["discrete"](options.process), 1
     images, labels = torch.randn(8, 1, 4, 4), torch.arange(8)
     options.sampler.draws = draws
 
