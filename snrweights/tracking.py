@@ -33,6 +33,7 @@ class LossVarianceTracker:
         bins: number of bins.
         low: log-SNR of the lowest edge.
         high: log-SNR of the highest edge.
+        edges: (bins + 1,) log-SNRs of all edges, in place of ``bins``, ``low``, ``high`` and ``density``.
         density: give bins of equal mass under this density in place of equal width.
         unit: the target in whose mean squared error losses are counted; those of other targets are converted
             exactly. None counts them as they are given.
@@ -59,6 +60,7 @@ class LossVarianceTracker:
         low: float = -16.0,
         high: float = 16.0,
         *,
+        edges: Tensor | None = None,
         density: Density | None = None,
         unit: str | None = None,
         sigma_data: float | None = None,
@@ -78,7 +80,7 @@ class LossVarianceTracker:
         for name, value in (("window", window), ("snapshot_every", snapshot_every)):
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be >= 1, got {value}.")
-        self.edges = _edges(bins, low, high, density)
+        self.edges = _edges(bins, low, high, density) if edges is None else check_edges(edges)
         self.unit = None if unit is None else check_prediction_type(unit)
         self.sigma_data = sigma_data
         self.decay, self.window, self.snapshot_every = decay, window, snapshot_every
@@ -233,7 +235,7 @@ class LossVarianceTracker:
             raise ValueError(
                 f"The state has other bins: {_describe(state['edges'])}; this tracker has {_describe(edges)}."
             )
-        self._total = state["moments"].to(self._total)
+        self._total = state["moments"].to(self._total, copy=True)
         self._before = state["moments_before"].to(self._total)
         self._pending = self._zeros()
         self.updates, self._window_start = state["updates"].tolist()
@@ -266,6 +268,13 @@ class LossVarianceTracker:
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"`path` {os.fspath(path)!r} is not a tracker's file: {error}.") from None
         return tracker
+
+
+def check_edges(edges: Tensor) -> Tensor:
+    """Return ``edges`` (bins + 1,) in float64, or raise a ValueError where they do not rise."""
+    if edges.ndim != 1 or len(edges) < 2 or not bool((edges.diff() > 0).all()):
+        raise ValueError(f"`edges` must be (bins + 1,) and rise, got {edges.tolist()}.")
+    return edges.to(exact_dtype(edges.device))
 
 
 def _edges(bins: int, low: float, high: float, density: Density | None) -> Tensor:
