@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import SCHEDULES, NoHostSync
+from cases import SCHEDULES, NoHostSync, expected_gradient, small_gradient
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from scipy import stats
 
-from snrweights import CosineSchedule, DiscreteSchedule, EDMSchedule, FlowSchedule, TimestepSampler
+from snrweights import CosineSchedule, EDMSchedule, FlowSchedule, TimestepSampler
 from snrweights.densities import Cauchy, Cosine, FlowUniform, Laplace, Logistic, LogUniform, Mode, Normal, logit_normal
 from snrweights.drawn import default_density
 from snrweights.quantiles import quantiles, within
@@ -117,27 +117,6 @@ PAIRS = [
 ]
 
 
-def gradient(schedule, t):
-    """The gradients (B, 6) of a small model's losses, one per timestep: two layers of tanh fitted to a curve."""
-    log_snr = schedule.log_snr(t).clamp(-40, 40)
-    x = torch.stack((torch.tanh(log_snr / 6), torch.sigmoid(log_snr)), 1)
-    first = torch.tensor([[0.5, -1.0], [0.3, 0.8]], dtype=torch.float64)
-    second = torch.tensor([1.0, -0.7], dtype=torch.float64)
-    hidden = torch.tanh(x @ first)
-    error = hidden @ second - torch.cos(log_snr / 3)
-    to_first = error[:, None, None] * x[:, :, None] * (second * (1 - hidden**2))[:, None, :]
-    return 2 * torch.cat((to_first.flatten(1), error[:, None] * hidden), 1)
-
-
-def base_mean(schedule, base):
-    """The exact expected gradient under the base density, by its quantiles."""
-    laid = quantiles(schedule, TimestepSampler(schedule, base).density)
-    if isinstance(schedule, DiscreteSchedule):
-        return laid.probability @ gradient(schedule, torch.arange(1000))
-    u = (torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000
-    return gradient(schedule, laid.timesteps(u)).mean(0)
-
-
 @pytest.mark.parametrize("draws", ["independent", "stratified"])
 @pytest.mark.parametrize(("schedule", "density", "base"), PAIRS)
 def test_weights_keep_the_expected_gradient_of_the_base(schedule, density, base, draws):
@@ -146,8 +125,8 @@ def test_weights_keep_the_expected_gradient_of_the_base(schedule, density, base,
     sampler = TimestepSampler(schedule, density, base=base, draws=draws, seed=4)
     t, weight = drawn(sampler, 10, 10_000)
     assert weight.dtype == torch.float32
-    terms = torch.cat((gradient(schedule, t), torch.ones(len(t), 1)), 1) * weight[:, None]
-    expected = torch.cat((base_mean(schedule, base), torch.ones(1)))
+    terms = torch.cat((small_gradient(schedule, t)[0], torch.ones(len(t), 1)), 1) * weight[:, None]
+    expected = torch.cat((expected_gradient(schedule, TimestepSampler(schedule, base).density), torch.ones(1)))
     error = terms.std(0) / math.sqrt(len(t))  # of independent draws; of stratified ones it is less
     assert (error < 0.02).all()
     assert ((terms.mean(0) - expected).abs() <= 4.5 * error + 1e-6).all()
