@@ -198,6 +198,7 @@ class Trainer:
         """Return everything that a step changes, whole tensors; every process calls it."""
         averages = {f"ema.{i}": whole(value) for i, value in enumerate(self.ema.shadow_params)}
         self.tracker.sync()
+        self.sampler.sync()
         tracked = {f"tracker.{name}": value for name, value in self.tracker.state_dict().items()}
         tracked |= {f"sampler.{name}": value for name, value in self.sampler.state_dict().items()}
         scaler = self.accelerator.scaler

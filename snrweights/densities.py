@@ -26,7 +26,7 @@ class Density(Protocol):
         """Return ln p(log_snr), any shape, float64; -inf where there is no mass."""
 
     def icdf(self, u: Tensor) -> Tensor:
-        """Return the log-SNR below which the mass u lies, u in (0, 1)."""
+        """Return the log-SNR below which the mass u lies; at u = 0 and 1 the ends of the range that has mass."""
 
 
 def exact(x: Tensor) -> Tensor:
@@ -302,6 +302,7 @@ class Mode:
 
 DENSITIES = {
     "cosine": Cosine,
+    "cosmap": Cosine,
     "flow_uniform": FlowUniform,
     "log_normal_sigma": log_normal_sigma,
     "logit_normal": logit_normal,

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from snrweights.schedules import exact_dtype
 from snrweights.statistics import LossStatistics
-from snrweights.tracking import Reduce
+from snrweights.tracking import Reduce, check_edges
 
 
 class LossHistory:
-    """The last ``length`` losses in each bin of log-SNR; counts nothing until every bin has as many.
+    """The last ``length`` losses in each bin of log-SNR; counts nothing of a bin until it has as many.
 
     With ``reduce`` each process keeps its own last losses, and ``sync`` adds their moments.
 
@@ -34,11 +34,10 @@ class LossHistory:
     """
 
     def __init__(self, edges: Tensor, length: int = 10, *, reduce: Reduce | None = None) -> None:
-        if edges.ndim != 1 or len(edges) < 2 or not bool((edges.diff() > 0).all()):
-            raise ValueError(f"`edges` must be (bins + 1,) and rise, got {edges.tolist()}.")
         if length < 1:
             raise ValueError(f"`length` must be >= 1, got {length}.")
-        self.edges = edges.to(exact_dtype(edges.device))
+        self.edges = check_edges(edges)
+        self.length = length
         self.reduce = reduce
         bins = len(edges) - 1
         # one more bin takes what does not count
@@ -55,7 +54,7 @@ class LossHistory:
                 f"`loss` and `log_snr` must both have shape (B,), got {tuple(loss.shape)} and {tuple(log_snr.shape)}."
             )
         self._move(loss.device)
-        bins, length = len(self.edges) - 1, self._losses.shape[1]
+        bins, length = len(self.edges) - 1, self.length
         valid = loss.isfinite() & ~log_snr.isnan()
         place = torch.bucketize(log_snr.to(self.edges).contiguous(), self.edges[1:-1])
         place, order = torch.where(valid, place, bins).sort(stable=True)
@@ -76,21 +75,19 @@ class LossHistory:
 
     def sync(self) -> None:
         """Take the moments of what is kept, summed over all processes; a collective."""
-        losses, seen = self._losses[:-1], self._seen[:-1]
-        length = losses.shape[1]
-        counts = torch.arange(length, device=losses.device) < seen[:, None]
-        kept = torch.where(counts, losses, 0.0)
-        rows = (counts.sum(1), kept.sum(1), kept.square().sum(1), (seen >= length), torch.ones_like(seen))
-        bad = torch.zeros_like(kept[:, 0])
+        kept, seen = self._losses[:-1], self._seen[:-1]  # zeros where there is no loss yet
+        full, process = seen >= self.length, torch.ones_like(seen)
+        bad = torch.zeros_like(seen)
         bad[0] = self._seen[-1]
-        moments = torch.stack([row.to(kept) for row in (*rows, bad)])
+        rows = (seen.clamp(max=self.length), kept.sum(1), kept.square().sum(1), full, process, bad)
+        moments = torch.stack([row.to(kept) for row in rows])
         self._moments = moments if self.reduce is None else self.reduce(moments)
 
     def compute(self, device: torch.device | str | None = "cpu") -> LossStatistics:
         """Return the statistics as of the last ``sync``; losses that were not finite are all in the first bin."""
         device = self._moments.device if device is None else torch.device(device)
         count, total, squares, full, processes, bad = self._moments.to(device, exact_dtype(device))
-        count = torch.where((full == processes).all() & (processes > 0), count, 0.0)
+        count = torch.where((full == processes) & (processes > 0), count, 0.0)
         mean = total / count
         return LossStatistics(
             edges=self.edges.to(count),
@@ -116,13 +113,18 @@ class LossHistory:
         if set(state) != set(own):
             raise ValueError(f"Not the state of a LossHistory: it has {sorted(state)}, not {sorted(own)}.")
         for name, value in own.items():
-            if state[name].shape != value.shape or not bool(state[name].isfinite().all()):
+            kept = state[name]
+            if (
+                kept.shape != value.shape
+                or not bool(kept.isfinite().all())
+                or (name == "seen" and bool((kept < 0).any()))
+            ):
                 raise ValueError(
-                    f"The state of the LossHistory is damaged or another's: {name!r} has shape "
-                    f"{tuple(state[name].shape)}, not {tuple(value.shape)}, or values that are not finite."
+                    f"The state of the LossHistory is damaged or another's: {name!r} has shape {tuple(kept.shape)}, "
+                    f"not {tuple(value.shape)}, or values that are not finite, or counts below 0."
                 )
         if not torch.equal(state["edges"].to(own["edges"]), own["edges"]):
             raise ValueError(f"The state has other bins: {state['edges'].tolist()}; this one {own['edges'].tolist()}.")
-        self._losses = state["losses"].to(self._losses)
+        self._losses = state["losses"].to(self._losses, copy=True)
         self._moments = state["moments"].to(self._moments)
-        self._seen = state["seen"].to(self._seen)
+        self._seen = state["seen"].to(self._seen, copy=True)

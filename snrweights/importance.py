@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,14 +14,15 @@ from snrweights.densities import Density
 from snrweights.history import LossHistory
 from snrweights.predictions import LIMIT
 from snrweights.quantiles import inside
-from snrweights.samplers import Draw, TimestepSampler
+from snrweights.samplers import Draw, TimestepSampler, whole
 from snrweights.schedules import DiscreteSchedule, exact_dtype
 from snrweights.statistics import LossStatistics
 from snrweights.tracking import LossVarianceTracker, Reduce
 
 Evidence = LossVarianceTracker | LossHistory
 MODES = ("resample", "reweight")
-BINS, DECAY = 32, 0.99  # of a sampler's own tracker
+_PREFIX = "evidence."  # of the evidence's part of a state
+BINS, DECAY = 32, 0.999  # of a sampler's own tracker; so slow that single-sample batches too fill its bins
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Rule:
         root: from statistics of the weighted losses to a number >= 0 per bin.
         of: whose second moment is least under it, for people.
         floor: default share of p in q.
-        history: keep that many last losses of every bin (every timestep of a discrete schedule) and count nothing
-            until they are full; None: moments that fade.
+        history: keep that many last losses of every bin (every timestep of a discrete schedule) and draw from p until
+            all have as many; None: moments that fade.
     """
 
     root: Callable[[LossStatistics], Tensor]
@@ -66,6 +68,8 @@ class Prediction:
     effective_sample_size: float
 
     def __str__(self) -> str:
+        if math.isnan(self.ratio):
+            return f"second moment of {self.of}: not measured yet"
         return (
             f"second moment of {self.of}: {self.ratio:.3f} of that under the base density; "
             f"effective sample size {100 * self.effective_sample_size:.0f} %"
@@ -93,17 +97,19 @@ class ImportanceSampler(TimestepSampler):
         density: see ``TimestepSampler``.
         mode: ``"resample"`` draws from q with weights p / q; ``"reweight"`` draws from p with weights q / p, which
             changes the objective (ALSR's Eq. 12 as it stands).
-        bins: number of bins of equal mass under p, at most one a timestep; default 32, or as many as there are
-            timesteps where the rule keeps a history.
+        bins: number of bins of about equal mass under p, at most the timesteps of a discrete schedule; default 32, or
+            those timesteps where the rule keeps a history.
         floor: share of p in q, in (0, 1]; no weight p / q exceeds 1 / floor. Default: the rule's.
-        warm_up: losses that a bin must have seen; until then it counts as the average bin.
+        warm_up: losses that a bin must have seen, in a history at most as many as it keeps; until then it counts as the
+            average bin.
         refresh_every: batches between two computations of q.
-        evidence: count in this tracker, with its bins, in place of one of the sampler's own.
+        evidence: count in this tracker, with its bins and its ``reduce``, in place of one of the sampler's own.
         reduce: sums a tensor over processes.
         **options: ``draws``, ``seed``, ``rank``, ``world_size``, ``accumulation``, as for ``TimestepSampler``.
 
     Raises:
         ValueError: a bad argument, with the choices.
+        TypeError: an option that it does not take.
 
     Example:
         >>> sampler = ImportanceSampler("linear", "gradient", bins=2, warm_up=1, refresh_every=1)
@@ -128,36 +134,56 @@ class ImportanceSampler(TimestepSampler):
         reduce: Reduce | None = None,
         **options: Any,
     ) -> None:
+        if "base" in options:
+            raise TypeError(
+                "An ImportanceSampler takes no `base`: its `density` is the one that the objective is under."
+            )
         super().__init__(schedule, density, **options)
         if isinstance(rule, str) and rule not in RULES:
             raise ValueError(f"Unknown rule {rule!r}; choose one of {list(RULES)}.")
-        if mode not in MODES:
-            raise ValueError(f"`mode` must be one of {list(MODES)}, got {mode!r}.")
-        for name, value in (("bins", bins), ("warm_up", warm_up), ("refresh_every", refresh_every)):
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be >= 1, got {value}.")
-        if floor is not None and not 0 < floor <= 1:
-            raise ValueError(f"`floor` must be in (0, 1], got {floor}: a noise level that is never drawn would bias.")
         self.rule = RULES[rule] if isinstance(rule, str) else rule
         self.mode = mode
         self.floor = self.rule.floor if floor is None else floor
         self.warm_up, self.refresh_every = warm_up, refresh_every
-        self.evidence = self._evidence(bins, reduce) if evidence is None else evidence
+        self._check(bins)
+        self.evidence = self._evidence(evidence, bins, reduce)
+        kept = self.evidence.length if isinstance(self.evidence, LossHistory) else warm_up
+        self._enough = min(warm_up, kept)
         inner = self.evidence.edges[1:-1].to("cpu", torch.float64)
         self._inner = inner
         self._mass = torch.cat((self._quantiles.mass_up_to(inner), inner.new_ones(1))).diff(prepend=inner.new_zeros(1))
-        self._tilt = torch.ones_like(self._mass)
+        self._tilt = torch.ones_like(self._mass)  # q / p
+        self._known = torch.zeros_like(self._mass, dtype=torch.bool)  # bins that have seen enough
 
-    def _evidence(self, bins: int | None, reduce: Reduce | None) -> Evidence:
+    def _check(self, bins: int | None) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"`mode` must be one of {list(MODES)}, got {self.mode!r}.")
+        for name, value in (("bins", bins), ("warm_up", self.warm_up), ("refresh_every", self.refresh_every)):
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be >= 1, got {value}.")
+        if not 0 < self.floor <= 1:
+            raise ValueError(
+                f"`floor` must be in (0, 1], got {self.floor}: a noise level that is never drawn would bias."
+            )
+
+    def _evidence(self, given: Evidence | None, bins: int | None, reduce: Reduce | None) -> Evidence:
         history = self.rule.history
+        if given is not None:
+            if bins is not None or reduce is not None:
+                raise ValueError("Give `evidence`, or `bins` and `reduce`: it has its own.")
+            if isinstance(given, LossHistory) and history is None:
+                raise ValueError(
+                    f"`evidence` is a LossHistory, which lacks the moments that the rule {self.rule} wants."
+                )
+            return given
         if bins is None:
             per_timestep = history is not None and isinstance(self.schedule, DiscreteSchedule)
             bins = len(self.schedule.grid()) if per_timestep else BINS
-        ends = torch.tensor([-LIMIT, LIMIT], dtype=torch.float64)
-        edges = torch.cat((ends[:1], self._quantiles.edges(bins), ends[1:]))
-        if history is not None:
-            return LossHistory(edges, history, reduce=reduce)
-        return LossVarianceTracker.with_edges(edges, decay=DECAY, reduce=reduce)
+        end = torch.tensor([LIMIT], dtype=torch.float64)
+        edges = torch.cat((-end, self._quantiles.edges(bins), end))
+        if history is None:
+            return LossVarianceTracker(edges=edges, decay=DECAY, reduce=reduce)
+        return LossHistory(edges, history, reduce=reduce)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.rule.of!r}, {self.mode!r}, {len(self._mass)} bins, {self.density!r})"
@@ -166,7 +192,7 @@ class ImportanceSampler(TimestepSampler):
     def update(
         self, t: Tensor, loss: Tensor, *, weight: Tensor | None = None, gradient_square: Tensor | None = None
     ) -> None:
-        """Add what a batch has cost. Negative losses count as not finite.
+        """Add what a batch has cost. Negative losses and squared norms count as not finite.
 
         Args:
             t: (B,) timesteps.
@@ -184,25 +210,35 @@ class ImportanceSampler(TimestepSampler):
                     f"`{name}` must have the shape (B,) of `t`, {tuple(t.shape)}, got {tuple(value.shape)}."
                 )
         loss = torch.where(loss < 0, torch.nan, loss)
-        square = loss if gradient_square is None else gradient_square
+        square = loss if gradient_square is None else torch.where(gradient_square < 0, torch.nan, gradient_square)
         if weight is not None:
             loss, square = loss * weight, square * weight.square()
         self.evidence.update(loss, self.schedule.log_snr(t), gradient_square=square)
 
+    def sync(self) -> None:
+        """Add up what all processes have seen; with ``reduce`` a collective."""
+        self.evidence.sync()
+
     def refresh(self) -> None:
         """Compute q anew from what was seen; on several processes a collective. ``draw`` calls it."""
         self.evidence.sync()
-        root = self._root(self.evidence.compute(device=None))
-        self._move(root.device)
+        statistics = self.evidence.compute(device=None)
+        self._move(statistics.count.device)
+        # once known a bin stays so, even where it is drawn so seldom that its moments fade
+        self._known = self._known | (statistics.count >= self._enough)
+        root = self._root(statistics)
         mean = (self._mass * root).sum()
         tilt = (1 - self.floor) * root / mean + self.floor
-        self._tilt = torch.where(mean > 0, tilt, torch.ones_like(tilt))
+        learned = mean > 0
+        if self.rule.history is not None:
+            learned = learned & (self._known | (self._mass == 0)).all()
+        self._tilt = torch.where(learned, tilt, torch.ones_like(tilt))
 
     def _root(self, statistics: LossStatistics) -> Tensor:
         """Return the rule's root per bin; a bin that has seen too little counts as the average of the others."""
         root = self.rule.root(statistics)
         mass = self._mass.to(root)
-        known = (statistics.count >= self.warm_up) & root.isfinite() & (mass > 0)
+        known = self._known.to(root.device) & root.isfinite() & (mass > 0)
         known_mass = torch.where(known, mass, 0.0)
         average = (known_mass * torch.where(known, root, 0.0)).sum() / known_mass.sum()
         return torch.where(known, root, average)
@@ -211,6 +247,7 @@ class ImportanceSampler(TimestepSampler):
         if self._tilt.device != device:
             dtype = exact_dtype(device)
             self._inner, self._mass, self._tilt = (x.to(device, dtype) for x in (self._inner, self._mass, self._tilt))
+            self._known = self._known.to(device)
 
     def draw(self, batch_size: int, *, index: int | None = None, device: torch.device | str = "cpu") -> Draw:
         """Draw a batch; see ``TimestepSampler.draw``. Every ``refresh_every`` batches q is computed anew first."""
@@ -259,10 +296,13 @@ class ImportanceSampler(TimestepSampler):
         )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return q, the evidence and the count of draws; on several processes a collective."""
-        self.evidence.sync()
-        evidence = {f"evidence.{name}": value for name, value in self.evidence.state_dict().items()}
-        return {**super().state_dict(), "tilt": self._tilt.cpu().clone(), **evidence}
+        """Return q, the evidence and the count of draws.
+
+        With ``reduce`` the evidence is that up to the last ``sync``. A history is that of this process alone.
+        """
+        own = {"tilt": self._tilt.cpu().clone(), "known": self._known.cpu().clone()}
+        evidence = {_PREFIX + name: value for name, value in self.evidence.state_dict().items()}
+        return {**super().state_dict(), **own, **evidence}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over a state, on every process.
@@ -270,17 +310,18 @@ class ImportanceSampler(TimestepSampler):
         Raises:
             ValueError: it is damaged, or of a sampler with other bins.
         """
-        if not {"drawn", "tilt"} <= set(state):
+        own = {name: value for name, value in state.items() if not name.startswith(_PREFIX)}
+        if set(own) != {"drawn", "tilt", "known"}:
             raise ValueError(f"Not the state of an ImportanceSampler: it has {sorted(state)}.")
-        tilt = state["tilt"].to("cpu", torch.float64)
-        mean = float((self._mass.cpu() * tilt).sum()) if tilt.shape == self._mass.shape else torch.nan
+        tilt, known = own["tilt"].to("cpu", torch.float64), own["known"].to("cpu", torch.bool)
+        mean = float((self._mass.cpu() * tilt).sum()) if tilt.shape == known.shape == self._mass.shape else math.nan
         if not abs(mean - 1) < 1e-4 or not bool((tilt > 0).all()):
             raise ValueError(
                 f"The state of the ImportanceSampler is damaged or of other bins: `tilt` has shape "
                 f"{tuple(tilt.shape)} and mean {mean}; {tuple(self._mass.shape)} and 1 are wanted."
             )
-        super().load_state_dict(state)
-        prefix = "evidence."
-        kept = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        self.evidence.load_state_dict(kept)
-        self._tilt = tilt.to(self._mass)
+        drawn = whole(own["drawn"])
+        self.evidence.load_state_dict(
+            {name.removeprefix(_PREFIX): value for name, value in state.items() if name.startswith(_PREFIX)}
+        )
+        self.drawn, self._tilt, self._known = drawn, tilt.to(self._mass), known.to(self._mass.device)

@@ -18,6 +18,7 @@ def data_variance(data: Tensor | Iterable[Tensor]) -> float:
         data: (N, ...), or batches (B, ...) of it.
 
     Raises:
+        TypeError: batches that are no tensors.
         ValueError: fewer than two samples, batches of different shapes, values that are not finite, or no variance.
 
     Example:
@@ -25,8 +26,10 @@ def data_variance(data: Tensor | Iterable[Tensor]) -> float:
         2.5
     """
     count, mean, squares = 0, torch.zeros(()), torch.zeros(())
-    for batch in (data,) if isinstance(data, Tensor) else data:
-        batch = batch.detach().double()
+    for batch in data.split(1024) if isinstance(data, Tensor) else data:
+        if not isinstance(batch, Tensor):
+            raise TypeError(f"`data` must be a tensor or give tensors, got {type(batch).__name__}.")
+        batch = batch.detach().to("cpu", torch.float64)
         if count and batch.shape[1:] != mean.shape:
             raise ValueError(f"Batches of `data` differ in shape: {tuple(mean.shape)} and {tuple(batch.shape[1:])}.")
         n = len(batch)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from snrweights.densities import Density, exact
 from snrweights.drawn import Between, TableDensity
+from snrweights.predictions import LIMIT
 from snrweights.schedules import DiscreteSchedule, Schedule, exact_dtype
 
 
@@ -25,11 +26,11 @@ class Quantiles(Protocol):
     def mass_up_to(self, log_snr: Tensor) -> Tensor:
         """Return the mass at or below ``log_snr`` (n,), on the CPU."""
 
-    def edges(self, bins: int) -> Tensor:
-        """Return the log-SNRs (bins - 1,) between bins of equal mass, rising, on the CPU."""
-
     def support(self) -> Tensor:
         """Return timesteps that stand for all that have mass."""
+
+    def edges(self, bins: int) -> Tensor:
+        """Return rising log-SNRs that cut the mass into at most ``bins`` parts, as equal as can be."""
 
 
 class ContinuousQuantiles:
@@ -39,37 +40,43 @@ class ContinuousQuantiles:
         if not hasattr(schedule, "timestep_of"):
             raise TypeError(f"`schedule` {type(schedule).__name__} has no `timestep_of(log_snr)` to draw from it with.")
         self.schedule, self.density = schedule, density
-        self._low, self._high = density.icdf(inside(torch.tensor([0.0, 1.0], dtype=torch.float64))).tolist()
+        ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        t = self.timesteps(ends)
         try:
-            schedule.check(self.timesteps(torch.tensor([0.0, 1.0], dtype=torch.float64)))
+            schedule.check(t)
         except ValueError as error:
             raise ValueError(
-                f"`density` {density} reaches beyond the schedule: {error} "
+                f"{density} reaches beyond the schedule: {error} "
                 "Cut it off with `snrweights.quantiles.within(density, low, high)`."
             ) from None
+        self._range = density.icdf(ends).tolist()
+        self._drawn = t.sort().values.tolist()
+        # rounding to float32 can put the outermost timesteps out of the range, or at infinite log-SNR
+        self._neighbours = torch.nextafter(t, t.flip(0)).sort().values.tolist()
 
     def timesteps(self, u: Tensor) -> Tensor:
         """Return the timesteps (B,) at the quantiles ``u`` (B,)."""
-        t: Tensor = self.schedule.timestep_of(self.density.icdf(inside(u)))  # type: ignore[attr-defined]
+        t: Tensor = self.schedule.timestep_of(self.density.icdf(inside(u)))
         return t.float()
 
     def log_mass(self, t: Tensor) -> Tensor:
-        """Return ln p over log-SNR; a draw that rounding put beyond the last quantile counts as there."""
-        log_snr = self.schedule.log_snr(t)
-        near = (log_snr - log_snr.clamp(self._low, self._high)).abs() <= 1e-5 * log_snr.abs()
-        return self.density.log_prob(torch.where(near, log_snr.clamp(self._low, self._high), log_snr))
+        """Return ln p over log-SNR, -inf where nothing is drawn; the outermost timesteps count as their neighbours."""
+        drawn = (t >= self._drawn[0]) & (t <= self._drawn[1])
+        log_snr = self.schedule.log_snr(torch.where(drawn, t.clamp(*self._neighbours), t))
+        has_mass = (log_snr >= self._range[0]) & (log_snr <= self._range[1])
+        return torch.where(has_mass, self.density.log_prob(log_snr), -math.inf)
 
     def mass_up_to(self, log_snr: Tensor) -> Tensor:
         """Return the mass at or below ``log_snr`` (n,)."""
         return mass_up_to(self.density, log_snr)
 
-    def edges(self, bins: int) -> Tensor:
-        """Return the quantiles k / bins."""
-        return self.density.icdf(torch.arange(1, bins, dtype=torch.float64) / bins)
-
     def support(self) -> Tensor:
-        """Return the timesteps at 1000 quantiles."""
-        return self.timesteps((torch.arange(1000, dtype=torch.float64) + 0.5) / 1000)
+        """Return the timesteps at 1001 quantiles, the outermost included."""
+        return self.timesteps(torch.linspace(0, 1, 1001, dtype=torch.float64)).clamp(*self._neighbours)
+
+    def edges(self, bins: int) -> Tensor:
+        """Return the quantiles at multiples of 1 / bins."""
+        return self.density.icdf(torch.arange(1, bins, dtype=torch.float64) / bins).unique()
 
 
 class DiscreteQuantiles:
@@ -78,14 +85,16 @@ class DiscreteQuantiles:
     def __init__(self, schedule: DiscreteSchedule, density: Density) -> None:
         self._log_snr = schedule.log_snr_table
         steps = len(self._log_snr)
-        if isinstance(density, TableDensity):
-            upper = torch.arange(1, steps, dtype=torch.float64) / steps
+        if isinstance(density, TableDensity) and torch.equal(density.log_snr, self._log_snr):
+            up_to = torch.arange(1, steps + 1, dtype=torch.float64) / steps
         else:
-            rising = self._log_snr.flip(0)
-            upper = mass_up_to(density, (rising[1:] + rising[:-1]) / 2)
-        ends = torch.cat((upper.new_zeros(1), upper, upper.new_ones(1)))
-        self.probability = ends.diff().flip(0)  # (T,)
-        self._tables = {upper.device: (upper, self.probability.log())}
+            values, place, sharers = self._log_snr.unique(return_inverse=True, return_counts=True)
+            upper = mass_up_to(density, (values[1:] + values[:-1]) / 2)
+            mass = torch.cat((upper, upper.new_ones(1))).diff(prepend=upper.new_zeros(1))
+            up_to = (mass / sharers)[place].flip(0).cumsum(0)
+            up_to = up_to / up_to[-1]
+        self.probability = up_to.diff(prepend=up_to.new_zeros(1)).flip(0)  # (T,)
+        self._tables = {up_to.device: (up_to[:-1], self.probability.log())}
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._tables:  # copied once: a copy from the host waits for the device
@@ -95,7 +104,7 @@ class DiscreteQuantiles:
 
     def timesteps(self, u: Tensor) -> Tensor:
         """Return the timesteps (B,) at the quantiles ``u`` (B,)."""
-        return len(self._log_snr) - 1 - torch.bucketize(u, self._on(u.device)[0], right=True)
+        return len(self._log_snr) - 1 - torch.bucketize(inside(u), self._on(u.device)[0], right=True)
 
     def log_mass(self, t: Tensor) -> Tensor:
         """Return ln of the probability of timesteps (B,)."""
@@ -105,17 +114,17 @@ class DiscreteQuantiles:
         """Return the probability of the timesteps at or below ``log_snr`` (n,)."""
         return torch.where(self._log_snr <= log_snr[:, None], self.probability, 0.0).sum(1)
 
-    def edges(self, bins: int) -> Tensor:
-        """Return the log-SNRs of timesteps, each the last of its bin; fewer if the timesteps do not suffice."""
-        drawn = self.probability > 0
-        rising, upper = self._log_snr[drawn].flip(0), self.probability[drawn].flip(0).cumsum(0)
-        last = torch.searchsorted(upper, torch.arange(1, bins, dtype=torch.float64) / bins - 1e-9)
-        edges = rising[last.clamp(max=len(rising) - 1)].unique()
-        return edges[(edges < rising[-1]) & (edges > -math.inf)]
-
     def support(self) -> Tensor:
         """Return the timesteps with a probability above 0."""
         return self.probability.nonzero()[:, 0]
+
+    def edges(self, bins: int) -> Tensor:
+        """Return the log-SNRs half-way between timesteps that are nearest to the quantiles at multiples of 1 / bins."""
+        values = self._log_snr.unique().clamp(-LIMIT / 2, LIMIT / 2)
+        between = (values[1:] + values[:-1]) / 2
+        wanted = torch.arange(1, bins, dtype=torch.float64) / bins
+        off = (self.mass_up_to(between) - wanted[:, None]).abs()
+        return between[off.argmin(1).unique()]
 
 
 def quantiles(schedule: Schedule, density: Density) -> Quantiles:
@@ -156,7 +165,7 @@ def within(density: Density, low: float, high: float) -> Between:
         tensor([-9., 12.], dtype=torch.float64)
     """
     below, up_to = mass_up_to(density, torch.tensor([low, high], dtype=torch.float64)).tolist()
-    if not below < up_to:
+    if not (low < high and below < up_to):
         raise ValueError(f"{density} has no mass between `low` {low} and `high` {high}.")
     return Between(density, below, up_to)
 

@@ -12,7 +12,7 @@ from snrweights.densities import Density
 from snrweights.drawn import as_density
 from snrweights.quantiles import quantiles
 from snrweights.schedulers import as_schedule
-from snrweights.uniforms import DRAWS, Draws, uniforms
+from snrweights.uniforms import Draws, uniforms
 
 
 class Draw(NamedTuple):
@@ -76,8 +76,6 @@ class TimestepSampler:
         world_size: int = 1,
         accumulation: int = 1,
     ) -> None:
-        if draws not in DRAWS:
-            raise ValueError(f"`draws` must be one of {list(DRAWS)}, got {draws!r}.")
         self.schedule = as_schedule(schedule)
         self.density = as_density(density, self.schedule)
         self.drawn = 0
@@ -121,6 +119,9 @@ class TimestepSampler:
     def update(self, t: Tensor, loss: Tensor, *, weight: Tensor | None = None) -> None:
         """Do nothing: the density is fixed. ``ImportanceSampler`` learns."""
 
+    def sync(self) -> None:
+        """Do nothing: there is nothing to add up."""
+
     def weight(self, t: Tensor) -> Tensor:
         """Return the factors (B,), float32, on the losses of timesteps ``t`` (B,) of this sampler."""
         if self._base is None:
@@ -132,13 +133,27 @@ class TimestepSampler:
         return {"drawn": torch.tensor(self.drawn)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over a state."""
-        self.drawn = int(state["drawn"])
+        """Take over a state.
+
+        Raises:
+            ValueError: it is damaged, or another's.
+        """
+        if set(state) != {"drawn"}:
+            raise ValueError(f"Not the state of a {type(self).__name__}: it has {sorted(state)}, not ['drawn'].")
+        self.drawn = whole(state["drawn"])
 
     def _check_support(self, t: Tensor) -> None:
         missing = t[self._quantiles.log_mass(t) == -math.inf]
         if len(missing):
             raise ValueError(
                 f"`density` {self.density} has no mass at {len(missing)} of {len(t)} timesteps that `base` draws "
-                f"(from t = {missing.min():g} to {missing.max():g}): the gradient would be biased."
+                f"(from t = {missing.min():g} to {missing.max():g}): the gradient would be biased. "
+                "Draw from a wider one, or cut `base` off with `snrweights.quantiles.within(base, low, high)`."
             )
+
+
+def whole(drawn: Tensor) -> int:
+    """Read the count of draws of a state, or raise a ValueError."""
+    if drawn.numel() != 1 or drawn.is_floating_point() or int(drawn) < 0:
+        raise ValueError(f"The state of the sampler is damaged: `drawn` must be a whole number, got {drawn}.")
+    return int(drawn)

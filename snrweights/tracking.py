@@ -34,6 +34,7 @@ class LossVarianceTracker:
         bins: number of bins.
         low: log-SNR of the lowest edge.
         high: log-SNR of the highest edge.
+        edges: (bins + 1,) log-SNRs of all edges, in place of ``bins``, ``low``, ``high`` and ``density``.
         density: give bins of equal mass under this density in place of equal width.
         unit: the target in whose mean squared error losses are counted; those of other targets are converted
             exactly, and a negative one, which no mean squared error is, is counted with those that are not finite.
@@ -72,6 +73,7 @@ class LossVarianceTracker:
         low: float = -16.0,
         high: float = 16.0,
         *,
+        edges: Tensor | None = None,
         density: Density | None = None,
         unit: str | None = None,
         sigma_data: float | None = None,
@@ -91,20 +93,12 @@ class LossVarianceTracker:
         for name, value in (("window", window), ("snapshot_every", snapshot_every)):
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be >= 1, got {value}.")
-        self.edges = _edges(bins, low, high, density)
+        self.edges = _edges(bins, low, high, density) if edges is None else check_edges(edges)
         self.unit = None if unit is None else check_prediction_type(unit)
         self.sigma_data = sigma_data
         self.decay, self.window, self.snapshot_every = decay, window, snapshot_every
         self.reduce = reduce
         self.reset()
-
-    @classmethod
-    def with_edges(cls, edges: Tensor, **options: Any) -> LossVarianceTracker:
-        """Return a tracker with bins of its own; ``edges`` (bins + 1,) rise, in float64."""
-        tracker = cls(**options)
-        tracker.edges = edges
-        tracker.reset()
-        return tracker
 
     def __repr__(self) -> str:
         return f"LossVarianceTracker({_describe(self.edges)}, unit={self.unit!r})"
@@ -311,7 +305,8 @@ class LossVarianceTracker:
                 f"The state has other bins: {_describe(state['edges'])}; this tracker has {_describe(edges)}."
             )
         self.reset()
-        self._total, self._before = (state[name].to(self._total) for name in ("moments", "moments_before"))
+        names = ("moments", "moments_before")
+        self._total, self._before = (state[name].to(self._total, copy=True) for name in names)
         self._synced, self._window_start = state["updates"].tolist()
         self.updates = self._synced
         if "snapshots" in state:
@@ -379,9 +374,16 @@ class LossVarianceTracker:
 
     @classmethod
     def _of(cls, state: dict[str, Tensor], options: dict[str, Any]) -> LossVarianceTracker:
-        tracker = cls.with_edges(state["edges"], **options)
+        tracker = cls(edges=state["edges"], **options)
         tracker.load_state_dict(state)
         return tracker
+
+
+def check_edges(edges: Tensor) -> Tensor:
+    """Return ``edges`` (bins + 1,) in float64, or raise a ValueError where they do not rise."""
+    if edges.ndim != 1 or len(edges) < 2 or not bool((edges.diff() > 0).all()):
+        raise ValueError(f"`edges` must be (bins + 1,) and rise, got {edges.tolist()}.")
+    return edges.to(exact_dtype(edges.device))
 
 
 def _edges(bins: int, low: float, high: float, density: Density | None) -> Tensor:

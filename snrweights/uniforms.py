@@ -69,7 +69,7 @@ def uniforms(
         (batch_size,) in [0, 1], float64 where the device has it.
 
     Raises:
-        ValueError: unknown draws, a count below 1, or a rank outside the processes.
+        ValueError: unknown draws, a count below 1, a negative seed or index, or a rank outside the processes.
 
     Source: antithetic and evenly spaced timesteps: Kingma et al. 2021 (arXiv 2107.00630).
 
@@ -80,9 +80,15 @@ def uniforms(
     """
     if draws not in DRAWS:
         raise ValueError(f"`draws` must be one of {list(DRAWS)}, got {draws!r}.")
-    for name, value in (("batch_size", batch_size), ("world_size", world_size), ("accumulation", accumulation)):
-        if value < 1:
-            raise ValueError(f"`{name}` must be >= 1, got {value}.")
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("world_size", world_size, 1),
+        ("accumulation", accumulation, 1),
+        ("seed", seed, 0),
+        ("index", index, 0),
+    ):
+        if value < least:
+            raise ValueError(f"`{name}` must be >= {least}, got {value}.")
     if not 0 <= rank < world_size:
         raise ValueError(f"`rank` must be in [0, {world_size}), got {rank}.")
     step, micro_batch = divmod(index, accumulation)

@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from snrweights import CosineSchedule, DiscreteSchedule, EDMSchedule, FlowSchedule
+from snrweights.quantiles import quantiles
 
 
 def _table(name, **options):
@@ -33,6 +34,27 @@ def golden(name):
 def numbers(row):
     """Turn a golden row into a float64 tensor; JSON spells NaN and infinity as words."""
     return torch.tensor([float(value) for value in row], dtype=torch.float64)
+
+
+def small_gradient(schedule, t):
+    """The gradients (B, 6) and losses (B,) of a small model, two layers of tanh fitted to a curve over log-SNR."""
+    log_snr = schedule.log_snr(t).clamp(-40, 40)
+    x = torch.stack((torch.tanh(log_snr / 6), torch.sigmoid(log_snr)), 1)
+    first = torch.tensor([[0.5, -1.0], [0.3, 0.8]], dtype=torch.float64)
+    second = torch.tensor([1.0, -0.7], dtype=torch.float64)
+    hidden = torch.tanh(x @ first)
+    error = hidden @ second - torch.cos(log_snr / 3)
+    to_first = error[:, None, None] * x[:, :, None] * (second * (1 - hidden**2))[:, None, :]
+    return 2 * torch.cat((to_first.flatten(1), error[:, None] * hidden), 1), error**2
+
+
+def expected_gradient(schedule, density):
+    """The mean of ``small_gradient`` under a density, without sampling."""
+    laid = quantiles(schedule, density)
+    if isinstance(schedule, DiscreteSchedule):
+        return laid.probability @ small_gradient(schedule, schedule.grid())[0]
+    u = (torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000
+    return small_gradient(schedule, laid.timesteps(u))[0].mean(0)
 
 
 class NoHostSync(TorchDispatchMode):

@@ -147,6 +147,24 @@ def test_a_state_continues_elsewhere_and_is_a_copy():
     assert_same(tracker, filled())
 
 
+def test_a_state_that_was_loaded_is_left_alone():
+    state, other = filled(decay=0.5).state_dict(), LossVarianceTracker(decay=0.5)
+    before = state["moments"].clone()
+    other.load_state_dict(state)
+    other.update(*batch(10, 1))
+    assert torch.equal(state["moments"], before)
+
+
+def test_edges_may_be_given():
+    edges = torch.tensor([-3.0, -1.0, 5.0])
+    tracker = LossVarianceTracker(edges=edges)
+    assert torch.equal(tracker.edges, edges.double())
+    tracker.update(torch.tensor([1.0, 2.0]), torch.tensor([-1.0, 0.0]))
+    assert tracker.compute().mean.tolist() == [1, 2]
+    with pytest.raises(ValueError, match=r"`edges` must be \(bins \+ 1,\) and rise, got \[1.0, 0.0\]."):
+        LossVarianceTracker(edges=torch.tensor([1.0, 0.0]))
+
+
 def test_a_state_with_other_bins_is_refused_with_both_named():
     tracker = LossVarianceTracker()
     with pytest.raises(ValueError, match=r"other bins: 7 bins from -5 to 9; this tracker has 40 bins from -16 to 16\."):

@@ -86,6 +86,10 @@ class Auto(Weighting):
 
     data_variance: float | None = hyper(None, above=0)
     rule: ClassVar[str | None] = "gradient"
+    _unknown: ClassVar[str] = (
+        "`Auto(data_variance=...)` must be given on a schedule without sigma_data, got None: measure it with "
+        "`snrweights.data_variance(data)`."
+    )
 
     def for_schedule(self, schedule: Schedule) -> Weighting:
         """Fill in sigma_data² of the schedule.
@@ -96,10 +100,7 @@ class Auto(Weighting):
         if self.data_variance is not None:
             return self
         if schedule.sigma_data is None:
-            raise ValueError(
-                "`Auto(data_variance=...)` must be given on a schedule without sigma_data, got None: measure it with "
-                "`snrweights.data_variance(data)`."
-            )
+            raise ValueError(self._unknown)
         return dataclasses.replace(self, data_variance=schedule.sigma_data**2)
 
     def own_density(self, prediction_type: str) -> Density | None:
@@ -110,7 +111,9 @@ class Auto(Weighting):
 
     def log_weight(self, log_snr: Tensor) -> Tensor:
         """Return ln sigmoid(-log_snr - ln data_variance)."""
-        return -softplus(log_snr + math.log(self.data_variance or 1.0))
+        if self.data_variance is None:
+            raise ValueError(self._unknown)
+        return -softplus(log_snr + math.log(self.data_variance))
 
 
 @register_weighting("iddpm", target="objective", formula="w_KG = sech(log_snr / 2)", source=_KINGMA_GAO)
