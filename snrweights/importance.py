@@ -93,8 +93,8 @@ class ImportanceSampler(TimestepSampler):
         density: see ``TimestepSampler``.
         mode: ``"resample"`` draws from q with weights p / q; ``"reweight"`` draws from p with weights q / p, which
             changes the objective (ALSR's Eq. 12 as it stands).
-        bins: number of bins of equal mass under p; default 32, or the timesteps of a discrete schedule where the rule
-            keeps a history.
+        bins: number of bins of equal mass under p, at most the timesteps of a discrete schedule; default 32, or those
+            timesteps where the rule keeps a history.
         floor: share of p in q, in (0, 1]; no weight p / q exceeds 1 / floor. Default: the rule's.
         warm_up: losses that a bin must have seen; until then it counts as the average bin.
         refresh_every: batches between two computations of q.
@@ -110,7 +110,7 @@ class ImportanceSampler(TimestepSampler):
         >>> sampler.update(torch.tensor([100, 900]), torch.tensor([9.0, 1.0]))
         >>> t, weight = sampler.draw(1000)
         >>> sampler.predicted().ratio < 1, weight.unique()  # of the gradient at the model's output
-        (True, tensor([0.6890, 1.8167]))
+        (True, tensor([0.6897, 1.8182]))
     """
 
     def __init__(
@@ -153,8 +153,24 @@ class ImportanceSampler(TimestepSampler):
         if bins is None:
             per_timestep = history is not None and isinstance(self.schedule, DiscreteSchedule)
             bins = len(self.schedule.grid()) if per_timestep else BINS
-        tracker = LossVarianceTracker(bins, -LIMIT, LIMIT, density=self.density, decay=DECAY, reduce=reduce)
+        if isinstance(self.schedule, DiscreteSchedule):
+            edges = self._between_timesteps(self.schedule.log_snr_table, bins)
+            tracker = LossVarianceTracker(len(edges) - 1, decay=DECAY, reduce=reduce)
+            tracker.edges = edges
+        else:
+            tracker = LossVarianceTracker(bins, -LIMIT, LIMIT, density=self.density, decay=DECAY, reduce=reduce)
         return tracker if history is None else LossHistory(tracker.edges, history, reduce=reduce)
+
+    def _between_timesteps(self, log_snr: Tensor, bins: int) -> Tensor:
+        """Return edges halfway between timesteps, where rounding moves none into another bin, at most ``bins`` + 1."""
+        rising = log_snr.clamp(-LIMIT, LIMIT).unique()
+        between = (rising[1:] + rising[:-1]) / 2
+        if bins < len(rising):  # those with the nearest to equal mass
+            wanted = torch.arange(1, bins, dtype=between.dtype) / bins
+            mass = self._quantiles.mass_up_to(between)
+            between = between[(mass[:, None] - wanted).abs().argmin(0)].unique()
+        ends = between.new_tensor([-LIMIT, LIMIT])
+        return torch.cat((ends[:1], between, ends[1:]))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.rule.of!r}, {self.mode!r}, {len(self._mass)} bins, {self.density!r})"
