@@ -72,6 +72,7 @@ class Attachment:
         self.sampler: TimestepSampler | None = None if redrawing is None else redrawing.sampler
         self.weighted = False
         self._redrawing = redrawing
+        self._learner = None if redrawing is None else redrawing.learner
         self._name = name
         self._live = live
         self._timesteps = timesteps
@@ -91,6 +92,11 @@ class Attachment:
         _ATTACHED[model] = self
         if self._redrawing is not None:
             self._redrawing.start(self, model)
+
+    def drawn_before(self, t: Any) -> None:
+        """Take note that the script has noised already with ``t``, of its own draws, for the call that comes next."""
+        if self._redrawing is not None and isinstance(t, Tensor) and t.ndim == 1:
+            self._redrawing.remember(t)
 
     def __repr__(self) -> str:
         extras = (", part of each batch" if self._mask else "") + (", tracked" if self.tracker else "")
@@ -235,7 +241,7 @@ class Attachment:
                 return gradient
             self._live.refresh()
         weights = self._weights(call)
-        if self.tracker is not None or call.factor is not None:
+        if self.tracker is not None or self._learner is not None:
             self._record(call, gradient, weights)
         if call.factor is not None:
             weights = call.factor if weights is None else weights * call.factor
@@ -272,9 +278,9 @@ class Attachment:
         mse = gradient_square * elements / 4 / weight_of_output**2
         if self.tracker is not None:
             self.tracker.update(mse, log_snr, prediction_type=output_type, gradient_square=gradient_square)
-        if call.factor is not None:
+        if self._learner is not None:
             weight = None if weights is None else call.of_each(weights)
-            self.sampler.update(t, mse, weight=weight, gradient_square=gradient_square)  # type: ignore[union-attr]
+            self._learner.update(t, mse, weight=weight, gradient_square=gradient_square)
 
     def _traced(self) -> None:
         """Called when torch.compile traces the model: a graph's outputs are not looked at."""

@@ -11,11 +11,12 @@ import copy
 import math
 import os
 import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from snrweights.integrations.noticing import replace_attribute
+from snrweights.integrations.noticing import replace_attribute, timesteps_in
 from torch import Tensor, nn
 
 from snrweights.densities import Density
@@ -41,14 +42,13 @@ class Redrawing:
         self._restore: Callable[[], None] | None = None
         self._t: Tensor | None = None  # (remembered, B), the newest first
         self._weight: Tensor | None = None
-        self._last: weakref.ref[Tensor] | None = None
-        self._version = 0
+        self._written: deque[tuple[weakref.ref[Tensor], int]] = deque(maxlen=_REMEMBERED)
         self._left_alone = "the script has not called it"
         self._to_check = _CHECKED
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled with a model redraws nothing: the scheduler that it is used with is another."""
-        return vars(self) | {"_owner": None, "_restore": None, "_last": None}
+        return vars(self) | {"_owner": None, "_restore": None, "_written": deque(maxlen=_REMEMBERED)}
 
     def start(self, owner: Any, model: nn.Module) -> None:
         """Wrap ``add_noise``, until ``stop`` or the end of the model."""
@@ -80,13 +80,13 @@ class Redrawing:
         elif not self._is_redrawn(t):
             drawn, weight = self.sampler.draw(len(t), device=t.device)
             t.copy_(drawn)
-            self._last, self._version = weakref.ref(t), t._version
+            self._written.append((weakref.ref(t), t._version))
             self.remember(t, weight)
 
     def _is_redrawn(self, t: Tensor) -> bool:
-        """Whether these are the last draw as it was written: a script may noise two things with the same timesteps."""
-        last = None if self._last is None else self._last()
-        return last is not None and _same_memory(last, t) and self._version == t._version
+        """Whether these are a draw as it was written: a script may noise two things with the same timesteps."""
+        alive = ((written(), version) for written, version in self._written)
+        return any(own is not None and _same_memory(own, t) and version == t._version for own, version in alive)
 
     def _reason_to_leave(self, t: Any) -> str | None:
         if not isinstance(t, Tensor) or t.ndim != 1:
@@ -112,6 +112,11 @@ class Redrawing:
             before_t, before = t.expand(_REMEMBERED, -1), weight.expand(_REMEMBERED, -1)
         # new tensors, since a backward pass that is yet to come may hold the old ones
         self._t, self._weight = (torch.cat((new[None], old[:-1])) for new, old in ((t, before_t), (weight, before)))
+
+    @property
+    def learner(self) -> ImportanceSampler | None:
+        """The sampler, if it learns from losses."""
+        return self.sampler if isinstance(self.sampler, ImportanceSampler) else None
 
     def factor(self, t: Tensor) -> Tensor:
         """Return the factors on the losses at the timesteps that the model was given, (B,) or (); NaN for others.
@@ -167,17 +172,8 @@ class AddNoise:
         return self._add_noise(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self._redrawing.scheduler, "add_noise")  # as the copy has no state yet: the method of its class
-
-
-def timesteps_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the timesteps among the arguments of ``add_noise(original_samples, noise, timesteps)``.
-
-    Example:
-        >>> timesteps_in(("x0", "noise"), {"timesteps": 3})
-        3
-    """
-    return args[2] if len(args) > 2 else kwargs.get("timesteps")
+        # a copy has no state yet when this is called: what it gets is the method of its class
+        return getattr, (self._redrawing.scheduler, "add_noise")
 
 
 def check_noising(scheduler: Any, schedule: Schedule) -> None:

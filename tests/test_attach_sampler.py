@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import pickle
 
 import pytest
@@ -63,7 +64,8 @@ def step(model, scheduler, t=None):
 def explicit(scheduler, t, weight):
     """Return the gradients of a loop with explicit weights (B,) at timesteps t."""
     model = denoiser()
-    losses = per_sample_mse(model(scheduler.add_noise(X0, NOISE, t), t), NOISE)
+    noisy = type(scheduler).add_noise(scheduler, X0, NOISE, t)
+    losses = per_sample_mse(model(noisy, t), NOISE)
     (weight * losses).mean().backward()
     return gradient(model)
 
@@ -72,15 +74,17 @@ def skewed(scheduler, rule="gradient", bins=STEPS, **options):
     """A sampler that has seen losses which differ by noise level, and draws accordingly."""
     sampler = ImportanceSampler(scheduler, rule, bins=bins, warm_up=1, refresh_every=1, **options)
     t = torch.arange(STEPS).repeat_interleave(10)
-    sampler.update(t, 1.0 + 4.0 * (t % 4) + 3.0 * (torch.arange(len(t)) % 10) / 10)
+    sampler.update(t, 1.0 + (t % 4) * (4.0 + (torch.arange(len(t)) % 10)))
     sampler.refresh()
     return sampler
 
 
 def probabilities(sampler):
-    """Return q of each timestep, by a fine grid of uniform numbers."""
-    u = (torch.arange(600_000, dtype=F64) + 0.5) / 600_000
-    return sampler.at(u).t.bincount(minlength=STEPS) / len(u)
+    """Return q of each timestep, which has a bin of its own; checked by a grid of uniform numbers."""
+    q = sampler.probabilities()[1].flip(0)
+    u = (torch.arange(6000, dtype=F64) + 0.5) / 6000
+    torch.testing.assert_close(sampler.at(u).t.bincount(minlength=STEPS) / 6000, q.float(), rtol=0, atol=1 / 5000)
+    return q
 
 
 def replaying(sampler, t):
@@ -117,7 +121,7 @@ def test_the_expected_gradient_is_that_of_uniform_draws(name, rule):
         found = found + q[t] * gradient(model)
         wanted = wanted + explicit(ddpm(), all_t, weight) / STEPS
         plain = plain + q[t] * explicit(ddpm(), all_t, weight)
-    assert distance(found, wanted) < 1e-5  # q is counted and the factors are float32
+    assert distance(found, wanted) < 1e-6  # the factors are float32
     assert distance(plain, wanted) > 0.02
 
 
@@ -125,18 +129,12 @@ def test_auto_over_a_density_is_the_sigmoid_objective():
     """Without a sampler too: the weight for what the script draws."""
     scheduler, density, t = DDPMScheduler(), Normal(0.0, 3.0), torch.tensor([50, 200, 500, 800])
     log_snr = snrweights.as_schedule(scheduler).log_snr(t)
-    bias = torch.tensor(0.3).log()
     # w_KG of epsilon per unit of log-SNR, over the density that the timesteps have
-    exact = torch.sigmoid(-log_snr - bias) / density.log_prob(log_snr).exp()
-    model = denoiser()
-    snrweights.attach(model, scheduler, "auto", data_variance=0.3, density=density, dtype=F64, timestep=given, audit=1)
-    noisy = scheduler.add_noise(X0, NOISE, t)
-    torch.nn.functional.mse_loss(model(noisy, t), NOISE).backward()
-    ratio = weights(t, scheduler, method="auto", data_variance=0.3, density=density).flatten() / exact
-    assert_weighted(
-        gradient(model), ratio.mean() * explicit(scheduler, t, exact), explicit(scheduler, t, torch.ones(4))
-    )
-    torch.testing.assert_close(ratio, ratio.mean().expand(4), rtol=1e-10, atol=0)
+    weight = torch.sigmoid(-log_snr - math.log(0.3)) / density.log_prob(log_snr).exp()
+    wanted, plain, model = explicit(scheduler, t, weight), explicit(scheduler, t, torch.ones(4)), denoiser()
+    attach(model, scheduler, "auto", data_variance=0.3, density=density, sampler=None)
+    torch.nn.functional.mse_loss(model(scheduler.add_noise(X0, NOISE, t), t), NOISE).backward()
+    assert_weighted(gradient(model), wanted, plain)
 
 
 @pytest.mark.parametrize("mask", ["first_half", lambda rows: torch.tensor([False, True, True, False])])
@@ -190,11 +188,15 @@ def test_checkpointing_of_the_whole_model_recomputes_with_the_q_of_the_draw():
 # what the script sees -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32])
-@pytest.mark.parametrize("cls", [DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler])
+@pytest.mark.parametrize(
+    ("cls", "dtype"),
+    [
+        (DDPMScheduler, torch.int64),
+        (DDIMScheduler, torch.int32),
+        (EulerDiscreteScheduler, torch.float32),  # as its own timesteps are
+    ],
+)
 def test_the_scripts_own_tensor_holds_what_was_drawn(cls, dtype):
-    if (cls is EulerDiscreteScheduler) != (dtype == torch.float32):
-        pytest.skip("a table is indexed by integers, Euler's timesteps are floats")
     scheduler, model = cls(), denoiser()
     sampler = TimestepSampler(scheduler, Normal(0.0, 2.0), seed=3)
     wanted = TimestepSampler(scheduler, Normal(0.0, 2.0), seed=3).draw(ROWS).t
@@ -285,18 +287,15 @@ def test_it_goes_on_where_it_was_saved():
     def run(model, scheduler, steps):
         return torch.stack([step(model, scheduler) for _ in range(steps)])
 
-    whole_model, scheduler = denoiser(), ddpm()
-    torch.manual_seed(7)
-    attach(whole_model, scheduler)
-    whole = run(whole_model, scheduler, 40)
+    model, scheduler = denoiser(), ddpm()
+    attach(model, scheduler)
+    whole = run(model, scheduler, 40)
 
-    torch.manual_seed(7)
     model, scheduler = denoiser(), ddpm()
     handle = attach(model, scheduler)
     assert torch.equal(run(model, scheduler, 25), whole[:25])
     state = load(save({name: value.contiguous() for name, value in handle.sampler.state_dict().items()}))
 
-    torch.manual_seed(7)
     model, scheduler = denoiser(), ddpm()
     handle = attach(model, scheduler)
     handle.sampler.load_state_dict(state)
@@ -462,7 +461,7 @@ def test_bad_samplers_are_refused():
     rules = r"\['loss_second_moment', 'gradient', 'variance'\]"
     with pytest.raises(ValueError, match=rf"`sampler` must be a TimestepSampler or one of {rules}, got 'uniform'"):
         attach(model, scheduler, sampler="uniform")
-    with pytest.raises(ValueError, match="`sampler` TimestepSampler.* has another schedule than the scheduler"):
+    with pytest.raises(ValueError, match=r"`sampler` TimestepSampler.* has another schedule than the scheduler"):
         attach(model, scheduler, sampler=TimestepSampler("linear"))
     with pytest.raises(ValueError, match=r"\['density'\] go with a method, and `method` is None"):
         attach(model, scheduler, None, sampler=None, density="cosine")
@@ -480,7 +479,7 @@ def test_two_models_on_one_scheduler_are_refused():
 
 def test_processes_that_are_not_connected_yet_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="torch.distributed is not initialised: attach after `Accelerator"):
+    with pytest.raises(ValueError, match=r"torch.distributed is not initialised: attach after `Accelerator"):
         attach(denoiser(), ddpm())
 
 
@@ -502,7 +501,6 @@ def without_grad(scheduler, t):
             lambda scheduler, t: noised(scheduler, t[0]),
             r"it was called with timesteps of shape \(\), not with a tensor",
         ),
-        (lambda scheduler, t: noised(scheduler, 3), "it was called with timesteps of type int"),
         (
             lambda scheduler, t: noised(scheduler, t[:1].expand(ROWS)),
             "it was called with one timestep that is expanded",
@@ -528,14 +526,14 @@ def with_a_copy(scheduler, t):
 
 def changed_afterwards(scheduler, t):
     noisy = noised(scheduler, t)
-    t.add_(STEPS)
+    t.copy_((t + 1) % STEPS)
     return noisy
 
 
 @pytest.mark.parametrize("noise", [with_a_copy, changed_afterwards])
 @pytest.mark.parametrize("after", [0, 3])
 def test_a_model_that_is_given_other_timesteps_is_an_error(noise, after):
-    scheduler, model, t = ddpm(), denoiser(), torch.full((ROWS,), -1)
+    scheduler, model, t = ddpm(), denoiser(), own_draw()
     attach(model, scheduler)
     for _ in range(after):
         step(model, scheduler)
@@ -563,5 +561,49 @@ def test_another_number_of_timesteps_is_an_error():
     scheduler, model, t = ddpm(), denoiser(), own_draw()
     attach(model, scheduler)
     noisy = noised(scheduler, t)
-    with pytest.raises(ValueError, match="model was given 2 timesteps, and DDPMScheduler.add_noise 4"):
+    with pytest.raises(ValueError, match=r"model was given 2 timesteps, and DDPMScheduler.add_noise 4"):
         model(noisy[:2], t[:2])
+
+
+# torch.compile --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+    "ignore:Could not look whether .* is weighted already. the model is compiled:UserWarning",
+)
+def test_a_compiled_model_has_the_factors_without_recompiling():
+    torch._dynamo.reset()
+    scheduler, inner = ddpm(), denoiser()
+    sampler = skewed(scheduler)
+    handle = attach(inner, scheduler, gamma=1.0, sampler=sampler, track=True)
+    model = torch.compile(inner, fullgraph=True, backend="aot_eager")
+    seen = int(sampler.evidence._pending[0].sum() + sampler.evidence._total[0].sum())
+
+    def check():
+        inner.zero_grad()
+        loss, t = loss_of(model, scheduler)
+        factor = sampler.weight(t)
+        sampler.refresh()
+        loss.backward()
+        weight = weights(t, scheduler, gamma=1.0).flatten()
+        plain = explicit(scheduler, t, weight)
+        assert_weighted(gradient(inner), explicit(scheduler, t, weight * factor), plain, tolerance=1e-9)
+
+    check()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(12):
+            check()
+    assert int(handle.tracker.compute().count.sum()) == 13 * ROWS
+    assert seen
+    torch._dynamo.reset()
+
+
+def test_a_compiled_model_that_nothing_was_drawn_for_is_an_error():
+    torch._dynamo.reset()
+    scheduler, inner = ddpm(), denoiser()
+    attach(inner, scheduler, None)
+    model = torch.compile(inner, backend="aot_eager")
+    with pytest.raises(ValueError, match=r"inside DDPMScheduler.add_noise, and the script has not called it"):
+        model(X0, own_draw())
+    torch._dynamo.reset()
