@@ -116,6 +116,7 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
         get_weighting(arguments.method, **settings)
         if arguments.clamp_max is not None and not 0 < arguments.clamp_max < math.inf:
             raise ValueError(f"`--clamp-max` must be > 0, got {arguments.clamp_max}.")
+    if arguments.method != "none" or arguments.sampler:
         _refuse_meaningless(script, arguments)
     if arguments.audit is not None and arguments.audit < 1:
         raise ValueError(f"`--audit` must be >= 1, got {arguments.audit}.")
@@ -253,7 +254,9 @@ class WeightedRun:
 
     @property
     def _unweighted(self) -> bool:
-        return self.method is not None and not any(attachment.weighted for attachment in self.attached)
+        return bool(self.method or self.arguments.sampler) and not any(
+            attachment.weighted for attachment in self.attached
+        )
 
     def _say(self, text: str) -> None:
         if self._rank == 0:

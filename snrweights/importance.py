@@ -41,12 +41,22 @@ class Rule:
     history: int | None = None
 
 
-RULES: dict[str, Rule] = {
-    "loss_second_moment": Rule(
-        lambda statistics: statistics.second_moment.sqrt(), "the loss estimate", floor=0.001, history=10
-    ),
-    "gradient": Rule(lambda statistics: statistics.gradient_square.sqrt(), "the gradient at the model's output"),
-    "variance": Rule(lambda statistics: statistics.variance.sqrt(), "the loss about its mean at each noise level"),
+def _loss(statistics: LossStatistics) -> Tensor:
+    return statistics.second_moment.sqrt()
+
+
+def _gradient(statistics: LossStatistics) -> Tensor:
+    return statistics.gradient_square.sqrt()
+
+
+def _deviation(statistics: LossStatistics) -> Tensor:
+    return statistics.variance.sqrt()
+
+
+RULES: dict[str, Rule] = {  # of functions that can be pickled, with a model that has a sampler attached
+    "loss_second_moment": Rule(_loss, "the loss estimate", floor=0.001, history=10),
+    "gradient": Rule(_gradient, "the gradient at the model's output"),
+    "variance": Rule(_deviation, "the loss about its mean at each noise level"),
 }
 
 

@@ -18,6 +18,8 @@ from diffusers import (
 )
 from safetensors.torch import load, save
 from snrweights.integrations.attachment import attachments
+from snrweights.integrations.audit import DoubleWeightingError
+from torch._dynamo.utils import counters
 
 import snrweights
 from snrweights import ImportanceSampler, TimestepSampler, per_sample_mse
@@ -420,6 +422,34 @@ def test_a_copy_of_the_model_has_the_draws_of_the_original():
     assert distance(gradient(twin), explicit(scheduler, t, torch.ones(ROWS))) < 1e-9
 
 
+def test_a_model_that_is_pickled_with_it_draws_nothing():
+    scheduler, model = ddpm(), unet()
+    attach(model, scheduler)
+    t = own_draw()
+    (model(scheduler.add_noise(X0, NOISE, t), t).sample - NOISE).square().mean().backward()
+    twin = pickle.loads(pickle.dumps(model))
+    t = torch.arange(ROWS)
+    (twin(ddpm().add_noise(X0, NOISE, t), t).sample - NOISE).square().mean().backward()
+    fresh = unet()
+    losses = per_sample_mse(fresh(ddpm().add_noise(X0, NOISE, t), t).sample, NOISE)
+    (weights(t, ddpm()).flatten() * losses).mean().backward()
+    assert distance(gradient(twin), gradient(fresh)) < 1e-9
+
+
+def test_a_weight_of_the_scripts_own_is_found_nevertheless():
+    scheduler, model = DDPMScheduler(), denoiser()
+    attach(model, scheduler, on_double_weighting="error")
+
+    def train():
+        for _ in range(8):
+            t = own_draw()
+            noisy = scheduler.add_noise(X0, NOISE, t)
+            (weights(t, scheduler).flatten() * per_sample_mse(model(noisy, t), NOISE)).mean().backward()
+
+    with pytest.raises(DoubleWeightingError, match="The script's loss is weighted already"):
+        train()
+
+
 # refusals -------------------------------------------------------------------------------------------------------------
 
 
@@ -568,17 +598,29 @@ def test_another_number_of_timesteps_is_an_error():
 # torch.compile --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings(
+@pytest.fixture
+def nothing_compiled():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+    counters.clear()
+
+
+COMPILING = pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
     "ignore:Could not look whether .* is weighted already. the model is compiled:UserWarning",
 )
+
+
+@COMPILING
+@pytest.mark.usefixtures("nothing_compiled")
 def test_a_compiled_model_has_the_factors_without_recompiling():
-    torch._dynamo.reset()
     scheduler, inner = ddpm(), denoiser()
     sampler = skewed(scheduler)
     handle = attach(inner, scheduler, gamma=1.0, sampler=sampler, track=True)
     model = torch.compile(inner, fullgraph=True, backend="aot_eager")
-    seen = int(sampler.evidence._pending[0].sum() + sampler.evidence._total[0].sum())
+    updates = sampler.evidence.updates
 
     def check():
         inner.zero_grad()
@@ -595,15 +637,15 @@ def test_a_compiled_model_has_the_factors_without_recompiling():
         for _ in range(12):
             check()
     assert int(handle.tracker.compute().count.sum()) == 13 * ROWS
-    assert seen
-    torch._dynamo.reset()
+    assert sampler.evidence.updates == updates + 13
+    assert not counters["graph_break"]
 
 
+@COMPILING
+@pytest.mark.usefixtures("nothing_compiled")
 def test_a_compiled_model_that_nothing_was_drawn_for_is_an_error():
-    torch._dynamo.reset()
     scheduler, inner = ddpm(), denoiser()
     attach(inner, scheduler, None)
     model = torch.compile(inner, backend="aot_eager")
     with pytest.raises(ValueError, match=r"inside DDPMScheduler.add_noise, and the script has not called it"):
         model(X0, own_draw())
-    torch._dynamo.reset()
