@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from snrweights.tracking import LossVarianceTracker, Reduce
 
 Evidence = LossVarianceTracker | LossHistory
 MODES = ("resample", "reweight")
-BINS, DECAY = 32, 0.99  # of a sampler's own tracker
+BINS, MEMORY = 32, 100  # of a sampler's own tracker: bins, and losses that an average bin counts when old ones fade
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class ImportanceSampler(TimestepSampler):
     - ``"variance"``: √Var[w L]: the importance ratio of ALSR (Sun & Shi 2026, arXiv 2603.10391, Eq. 12; p* ∝ p √Var is
       our reading, second-hand).
 
-    Feed it with ``update`` after every batch. On several processes give ``reduce``: statistics are then summed over
+    Feed it with ``update`` after every batch; old losses fade, so that a bin counts 100 on average. On several processes give ``reduce``: statistics are then summed over
     them at every refresh, a collective inside ``draw``.
 
     Args:
@@ -153,6 +154,7 @@ class ImportanceSampler(TimestepSampler):
         self.floor = self.rule.floor if floor is None else floor
         self.warm_up, self.refresh_every = warm_up, refresh_every
         self.evidence = self._evidence(bins, reduce) if evidence is None else evidence
+        self._fades = evidence is None and isinstance(self.evidence, LossVarianceTracker)
         inner = self.evidence.edges[1:-1].to("cpu", torch.float64)
         self._inner = inner
         self._mass = torch.cat((self._quantiles.mass_up_to(inner), inner.new_ones(1))).diff(prepend=inner.new_zeros(1))
@@ -165,10 +167,10 @@ class ImportanceSampler(TimestepSampler):
             bins = len(self.schedule.grid()) if per_timestep else BINS
         if isinstance(self.schedule, DiscreteSchedule):
             edges = self._between_timesteps(self.schedule.log_snr_table, bins)
-            tracker = LossVarianceTracker(len(edges) - 1, decay=DECAY, reduce=reduce)
+            tracker = LossVarianceTracker(len(edges) - 1, reduce=reduce)
             tracker.edges = edges
         else:
-            tracker = LossVarianceTracker(bins, -LIMIT, LIMIT, density=self.density, decay=DECAY, reduce=reduce)
+            tracker = LossVarianceTracker(bins, -LIMIT, LIMIT, density=self.density, reduce=reduce)
         return tracker if history is None else LossHistory(tracker.edges, history, reduce=reduce)
 
     def _between_timesteps(self, log_snr: Tensor, bins: int) -> Tensor:
@@ -210,6 +212,9 @@ class ImportanceSampler(TimestepSampler):
         square = loss if gradient_square is None else gradient_square
         if weight is not None:
             loss, square = loss * weight, square * weight.square()
+        if self._fades:  # by samples: with few of them in a batch, bins would otherwise never see enough
+            batch = len(t) * self._options["world_size"]
+            self.evidence.decay = math.exp(-batch / (MEMORY * len(self._mass)))  # type: ignore[union-attr]
         self.evidence.update(loss, self.schedule.log_snr(t), gradient_square=square)
 
     def refresh(self) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from snrweights import DiscreteSchedule, ImportanceSampler
+from snrweights import DiscreteSchedule, ImportanceSampler, LossVarianceTracker
 from snrweights.densities import Normal
 
 
@@ -37,3 +37,27 @@ def test_other_rules_have_bins_of_nearly_equal_mass(steps, density):
     if steps == 1000:
         assert p.max() < 1.2 / 32
         assert p.min() > 0.8 / 32
+
+
+@pytest.mark.parametrize("rows", [1, 4, 256])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_batches_of_any_size_are_learned_from(rows, world_size):
+    """Old losses fade by the number of samples and not of batches, of which small ones would never make a bin known."""
+    sampler = ImportanceSampler("linear", "gradient", bins=8, world_size=world_size, refresh_every=50)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5000 // rows // world_size):
+        t = torch.randint(0, 1000, (world_size, rows), generator=generator)
+        sampler.update(t.flatten()[:rows], 1.0 + t.flatten()[:rows])
+    sampler.refresh()
+    _, q = sampler.probabilities()
+    assert q[0] > 1.4 / 8  # the noisiest
+    assert q[-1] < 0.6 / 8
+    share = sampler.evidence.compute().count.sum() * world_size / (100 * 8)
+    assert share.item() == pytest.approx(1, rel=0.1)
+
+
+def test_a_tracker_of_ones_own_fades_as_it_says():
+    evidence = LossVarianceTracker(4, decay=0.5)
+    sampler = ImportanceSampler("linear", evidence=evidence)
+    sampler.update(torch.tensor([500]), torch.ones(1))
+    assert evidence.decay == 0.5

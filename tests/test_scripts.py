@@ -326,15 +326,16 @@ def test_launch_of_instruct_pix2pix(pipeline, images, tmp_path):
     assert_weighted_once("instruct_pix2pix/train_instruct_pix2pix.py", options, tmp_path, target_as_expected=None)
 
 
-# launched with timesteps that are redrawn; that the target is as expected says that they are those of the noise ---------
+# launched with timesteps that are redrawn: those of the noise, if the target is as expected ---------------------------
+
+OPTIONS = [{"prediction_type": "v_prediction"}, {"dream_training": True}, {"input_perturbation": 0.1}]
 
 
-@pytest.mark.parametrize("option", [{}, {"dream_training": True}, {"input_perturbation": 0.1}])
+@pytest.mark.parametrize("option", OPTIONS)
 def test_sampler_in_text_to_image(option, text_to_image, tmp_path):
     script, options = text_to_image
     as_expected = "dream_training" not in option
-    options |= option | {"prediction_type": "v_prediction"}
-    assert_weighted_once(script, options, tmp_path, target_as_expected=as_expected, sampler="gradient")
+    assert_weighted_once(script, options | option, tmp_path, target_as_expected=as_expected, sampler="gradient")
 
 
 def test_sampler_in_dreambooth_and_accumulation(pipeline, with_an_instance, tmp_path):

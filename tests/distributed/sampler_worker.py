@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import snrweights
 
-STEPS, ROWS = 22, 4
+STEPS, ROWS = 102, 4
 
 
 def main(output):

@@ -19,7 +19,7 @@ def test_two_processes_draw_apart_from_one_q(tmp_path):
     assert (first * 2 * worker.ROWS // 1000).sort(1).values.tolist() == [list(range(2 * worker.ROWS))] * 10
     assert not (one["timesteps"] == other["timesteps"]).all(1).any()
     # what both have learned
-    assert one["evidence.moments"][0].sum() > 1.2 * worker.STEPS * worker.ROWS  # of both, faded
+    assert one["evidence.moments"][0].sum() > 1.5 * worker.STEPS * worker.ROWS  # of both, faded
     for name in set(one) - {"timesteps"}:
         assert torch.equal(one[name], other[name]), name
     assert one["tilt"].max() > 1.05 * one["tilt"].min()
