@@ -46,7 +46,7 @@ class ContinuousQuantiles:
 
     def timesteps(self, u: Tensor) -> Tensor:
         """Return the timesteps (B,) at the quantiles ``u`` (B,)."""
-        t: Tensor = self.schedule.timestep_of(self.density.icdf(inside(u)))  # type: ignore[attr-defined]
+        t: Tensor = self.schedule.timestep_of(self.density.icdf(inside(u)))
         return t.float()
 
     def log_mass(self, t: Tensor) -> Tensor:
