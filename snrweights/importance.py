@@ -95,8 +95,8 @@ class ImportanceSampler(TimestepSampler):
     - ``"variance"``: √Var[w L]: the importance ratio of ALSR (Sun & Shi 2026, arXiv 2603.10391, Eq. 12; p* ∝ p √Var is
       our reading, second-hand).
 
-    Feed it with ``update`` after every batch; old losses fade, so that a bin counts 100 on average. On several processes
-    give ``reduce``: statistics are then summed over them at every refresh, a collective inside ``draw``.
+    Feed it with ``update`` after every batch; old losses fade, so that a bin counts 100 on average. On several
+    processes give ``reduce``: statistics are then summed over them at every refresh, a collective inside ``draw``.
 
     Args:
         schedule: whatever ``as_schedule`` reads.
