@@ -16,8 +16,10 @@ from snrweights.integrations.audit import Audit, DoubleWeightingError, measuring
 from snrweights.integrations.audit_report import AuditReport
 from snrweights.integrations.denoisers import TimestepReader, check_timesteps, prediction_in, with_prediction
 from snrweights.integrations.live_weighting import LiveWeighting
+from snrweights.integrations.redrawing import Redrawing
 from torch import Tensor, nn
 
+from snrweights.samplers import TimestepSampler
 from snrweights.schedules import Schedule
 from snrweights.tracking import LossVarianceTracker
 
@@ -47,6 +49,7 @@ class Attachment:
 
     Attributes:
         tracker: the ``LossVarianceTracker``, or None without ``track``.
+        sampler: what redraws the timesteps, or None without ``sampler``.
         weighted: whether an output with gradients was weighted (with method None: seen) so far.
     """
 
@@ -59,13 +62,17 @@ class Attachment:
         per_sample_list: bool,
         mask: SampleMask | None,
         tracker: LossVarianceTracker | None,
+        redrawing: Redrawing | None,
         loss_scale: LossScale,
         audit: int,
         audit_samples: int,
         on_double_weighting: OnDoubleWeighting,
     ) -> None:
         self.tracker = tracker
+        self.sampler: TimestepSampler | None = None if redrawing is None else redrawing.sampler
         self.weighted = False
+        self._redrawing = redrawing
+        self._learner = None if redrawing is None else redrawing.learner
         self._name = name
         self._live = live
         self._timesteps = timesteps
@@ -83,9 +90,17 @@ class Attachment:
         """Start."""
         self._handle = model.register_forward_hook(self._weigh, with_kwargs=True)
         _ATTACHED[model] = self
+        if self._redrawing is not None:
+            self._redrawing.start(self, model)
+
+    def drawn_before(self, t: Any) -> None:
+        """Take note that the script has noised already with ``t``, of its own draws, for the call that comes next."""
+        if self._redrawing is not None and isinstance(t, Tensor) and t.ndim == 1:
+            self._redrawing.remember(t)
 
     def __repr__(self) -> str:
         extras = (", part of each batch" if self._mask else "") + (", tracked" if self.tracker else "")
+        extras += f", drawn by {self.sampler!r}" if self.sampler else ""
         return f"<{'attached' if self.attached else 'detached'} {self._name}: {self._live!r}{extras}>"
 
     def __enter__(self) -> Attachment:
@@ -132,6 +147,8 @@ class Attachment:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+            if self._redrawing is not None and self._redrawing.belongs_to(self):
+                self._redrawing.stop()
         self._audit_plan = None
         if self._audit is not None:
             self._audit.stop()
@@ -152,6 +169,7 @@ class Attachment:
             mean_weight=bound.curve.mean() if bound else 1.0,
             weighted=self.weighted,
             reason=None if self.weighted else self.why_not(),
+            sampler=None if self.sampler is None else repr(self.sampler),
             loss=statistics,
             audit=self.audit,
         )
@@ -188,8 +206,9 @@ class Attachment:
         t = self._timesteps(model, args, kwargs, self._live.schedule, rows, samples[0].device)
         if eager:
             self._look(model, samples, t, rows, args[0] if args else kwargs.get("hidden_states", kwargs.get("sample")))
+        factor = None if self._redrawing is None else self._redrawing.factor(t)
         for i, sample in enumerate(samples):
-            call = _Call(t, rows) if isinstance(prediction, Tensor) else _Call(t, rows, i)
+            call = _Call(t, rows, factor, None if isinstance(prediction, Tensor) else i)
             sample.register_hook(functools.partial(self._pass_on, call))
         self.weighted = True
         return output
@@ -221,14 +240,21 @@ class Attachment:
             if measuring():
                 return gradient
             self._live.refresh()
-        if self.tracker is not None:
-            self._record(call, gradient)
+        weights = self._weights(call)
+        if self.tracker is not None or self._learner is not None:
+            self._record(call, gradient, weights)
+        if call.factor is not None:
+            weights = call.factor if weights is None else weights * call.factor
+        return gradient if weights is None else _scaled(gradient, call.part(weights))
+
+    def _weights(self, call: _Call) -> Tensor | None:
+        """Return w(t), (rows,) or (), or None without a weighting."""
         if self._live.bound is None:
-            return gradient
+            return None
         weights = self._live.bound(call.t)
-        if self._mask is not None:
-            weights = torch.where(self._selected(call.rows, call.t.device), weights, 1.0)
-        return _scaled(gradient, call.part(weights))
+        if self._mask is None:
+            return weights
+        return torch.where(self._selected(call.rows, call.t.device), weights, 1.0)
 
     def _selected(self, rows: int, device: torch.device) -> Tensor:
         mask = self._mask(rows).to(device)  # type: ignore[misc]
@@ -236,8 +262,10 @@ class Attachment:
         return mask
 
     @torch.no_grad()
-    def _record(self, call: _Call, gradient: Tensor) -> None:
-        log_snr = call.part(self._live.schedule.log_snr(call.t).expand(call.rows)).reshape(-1).contiguous()
+    def _record(self, call: _Call, gradient: Tensor, weights: Tensor | None) -> None:
+        """Recover the loss of each sample from its gradient, for the tracker and for the sampler."""
+        t = call.of_each(call.t)
+        log_snr = self._live.schedule.log_snr(t)
         scale = self._loss_scale() if callable(self._loss_scale) else self._loss_scale
         samples = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).reshape(len(log_snr), -1)
         elements = (samples != 0).any(0).sum()  # what a script slices off has no gradient in any sample
@@ -246,11 +274,13 @@ class Attachment:
             selected = self._selected(call.rows, gradient.device)
             mean_over = call.part(torch.where(selected, selected.sum(), call.rows - selected.sum()))
         gradient_square = samples.square().sum(1) * (mean_over / scale) ** 2  # of a sample's own loss
-        output_type, weight = self._live.tracked_as(log_snr)
-        mse = gradient_square * elements / 4 / weight**2
-        self.tracker.update(  # type: ignore[union-attr]
-            mse, log_snr, prediction_type=output_type, gradient_square=gradient_square
-        )
+        output_type, weight_of_output = self._live.tracked_as(log_snr)
+        mse = gradient_square * elements / 4 / weight_of_output**2
+        if self.tracker is not None:
+            self.tracker.update(mse, log_snr, prediction_type=output_type, gradient_square=gradient_square)
+        if self._learner is not None:
+            weight = None if weights is None else call.of_each(weights)
+            self._learner.update(t, mse, weight=weight, gradient_square=gradient_square)
 
     def _traced(self) -> None:
         """Called when torch.compile traces the model: a graph's outputs are not looked at."""
@@ -283,15 +313,27 @@ class Attachment:
 
 @dataclass(frozen=True)
 class _Call:
-    """What the gradient hook needs of a call of the model: t, (rows,) or (), and which sample of a list it is for."""
+    """What the gradient hook needs of a call of the model.
+
+    Attributes:
+        t: (rows,) or ().
+        rows: number of samples.
+        factor: of the sampler that drew t, as t, or None.
+        index: which sample of a list the gradient is for, or None for all.
+    """
 
     t: Tensor
     rows: int
-    index: int | None = None
+    factor: Tensor | None
+    index: int | None
 
     def part(self, values: Tensor) -> Tensor:
         """What of values, (rows,) or (), belongs to the gradient: all, or those of one sample."""
         return values if self.index is None or values.ndim == 0 else values[self.index]
+
+    def of_each(self, values: Tensor) -> Tensor:
+        """What of values, (rows,) or (), belongs to each sample that the gradient is for."""
+        return self.part(values.expand(self.rows)).reshape(-1).contiguous()
 
 
 def _check_mask(mask: Tensor, rows: int) -> None:
@@ -320,6 +362,7 @@ class Report:
         mean_weight: by which a loss that does not depend on t is scaled.
         weighted: whether anything was weighted.
         reason: why not, if not.
+        sampler: what redraws the timesteps, if anything does.
         loss: ``LossStatistics.as_dict()`` of the tracker, if tracked.
         audit: what the script's own loss turned out to be, if looked at.
     """
@@ -333,6 +376,7 @@ class Report:
     mean_weight: float
     weighted: bool
     reason: str | None
+    sampler: str | None
     loss: dict[str, Any] | None
     audit: AuditReport | None
 

@@ -21,10 +21,12 @@ from snrweights.integrations.attachment import (
 )
 from snrweights.integrations.denoisers import Timestep, TimestepReader, choose_adapter, denoiser_in
 from snrweights.integrations.live_weighting import LiveWeighting
+from snrweights.integrations.redrawing import Redrawing, check_noising, sampler_of
 from torch import nn
 
 from snrweights.densities import Density
 from snrweights.losses import Method
+from snrweights.samplers import TimestepSampler
 from snrweights.tracking import LossVarianceTracker
 from snrweights.weightings.base import Normalize, get_weighting
 
@@ -49,6 +51,7 @@ def attach(
     audit: int | None = None,
     on_double_weighting: OnDoubleWeighting = "error",
     force: bool = False,
+    sampler: str | TimestepSampler | None = None,
     **hp: Any,
 ) -> Attachment:
     """Weigh the gradients of a training loop that does not weigh, from here on and until ``detach()``.
@@ -65,7 +68,7 @@ def attach(
         scheduler: the noise scheduler that the loop noises with, or whatever else ``as_schedule`` reads.
         method: see ``loss_weight``; None leaves the gradients as they are, to track or to audit.
         prediction_type: the target whose plain MSE the loss equals; default: what the scheduler states at each step.
-        density: see ``loss_weight``.
+        density: of the script's own draws; see ``loss_weight``.
         normalize: see ``loss_weight``.
         clamp_max: see ``loss_weight``.
         dtype: in which weights are computed and multiplied; the gradient keeps its own.
@@ -82,15 +85,23 @@ def attach(
             32 samples were seen, to find a weight that would be applied twice.
         on_double_weighting: what to do about one: ``"error"``, ``"warn"``, or ``"ignore"``, which does not look.
         force: attach where it is refused, because the weight has no meaning there.
+        sampler: draw the timesteps by importance, by a rule of ``ImportanceSampler`` ("gradient", "loss_second_moment",
+            "variance"): they are redrawn in place as the script calls ``scheduler.add_noise`` with gradients enabled,
+            and row i of the gradient is multiplied by p / q besides, so that its mean stays that of draws from
+            ``density``. It learns from the gradients, as ``track`` does, and has ``torch.initial_seed()`` of the first
+            process for its seed. Or a sampler of your own, for ``density`` as its ``density`` (``ImportanceSampler``)
+            or ``base`` (``TimestepSampler``); without ``base`` it changes what is optimised.
         **hp: hyperparameters of the method.
 
     Returns:
-        A handle: ``.detach()``, ``.tracker``, ``.report()``; also a context manager that detaches.
+        A handle: ``.detach()``, ``.tracker``, ``.sampler``, ``.report()``; also a context manager that detaches.
 
     Raises:
-        TypeError: a model or scheduler that is refused or not known, with the reason.
+        TypeError: a model or scheduler that is refused or not known, with the reason; with ``sampler`` also one whose
+            loops do not noise by ``add_noise``.
         ValueError: a bad argument, an infinite weight, or a model that is weighted already.
-        DoubleWeightingError: from ``backward``, in the first steps.
+        DoubleWeightingError: from ``backward``, in the first steps. With ``sampler`` the model raises ValueError in
+            them where it is not given the timesteps that ``add_noise`` was.
 
     Example:
         >>> class Denoiser(torch.nn.Linear):
@@ -109,9 +120,8 @@ def attach(
     target = denoiser_in(model)
     for present in attachments_around(target):
         raise ValueError(f"`model` is weighted already, by {present!r}; detach() that first.")
-    if method is None and (hp or density or normalize or clamp_max is not None):
-        given = [*hp, *(name for name, value in (("density", density), ("normalize", normalize)) if value)]
-        raise ValueError(f"{given or ['clamp_max']} go with a method, and `method` is None.")
+    if method is None:
+        _check_unweighted(hp, normalize=normalize, clamp_max=clamp_max, density=None if sampler else density)
     adapter = choose_adapter(target, timestep, force)
     live = LiveWeighting(
         scheduler,
@@ -131,6 +141,7 @@ def attach(
         per_sample_list=adapter.per_sample_list,
         mask=_mask(sample_mask),
         tracker=_tracker(live) if track else None,
+        redrawing=None if sampler is None else _redrawing(live, sampler),
         loss_scale=loss_scale,
         audit=by_default if audit is None else audit,
         audit_samples=AUDIT_SAMPLES if audit is None else 0,
@@ -138,6 +149,17 @@ def attach(
     )
     attachment.hook_onto(target)
     return attachment
+
+
+def _check_unweighted(hp: dict[str, Any], **options: Any) -> None:
+    given = [*hp, *(name for name, value in options.items() if value is not None)]
+    if given:
+        raise ValueError(f"{given} go with a method, and `method` is None.")
+
+
+def _redrawing(live: LiveWeighting, sampler: str | TimestepSampler) -> Redrawing:
+    check_noising(live.scheduler, live.schedule)
+    return Redrawing(live.scheduler, sampler_of(sampler, live.schedule, live.options["density"]))
 
 
 def _tracker(live: LiveWeighting) -> LossVarianceTracker:

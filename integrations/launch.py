@@ -29,6 +29,7 @@ from snrweights.integrations.timestep_adapters import adapter_of, position_of, r
 from torch import Tensor, nn
 
 from snrweights.densities import DENSITIES
+from snrweights.importance import RULES
 from snrweights.predictions import PREDICTION_TYPES
 from snrweights.settings import parse_settings
 from snrweights.version import __version__
@@ -79,6 +80,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sample-mask", choices=list(SAMPLE_MASKS), help="weigh these samples only (prior preservation)"
     )
     weight.add_argument(
+        "--sampler",
+        choices=list(RULES),
+        metavar="RULE",
+        help=f"redraw the timesteps by importance, by one of {', '.join(RULES)} (default: as the script draws)",
+    )
+    weight.add_argument(
         "--on-double-weighting",
         choices=ON_DOUBLE_WEIGHTING,
         default="error",
@@ -102,13 +109,15 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
     script, rest = split_command_line(arguments)
     settings = parse_settings(arguments.set)
     if arguments.method == "none":
-        for name in ("set", "density", "normalize", "clamp_max", "sample_mask"):
+        refused = ["set", "normalize", "clamp_max", "sample_mask"] + ([] if arguments.sampler else ["density"])
+        for name in refused:
             if getattr(arguments, name):
                 raise ValueError(f"`--{name.replace('_', '-')}` goes with a method, and `--method` is none.")
     else:
         get_weighting(arguments.method, **settings)
         if arguments.clamp_max is not None and not 0 < arguments.clamp_max < math.inf:
             raise ValueError(f"`--clamp-max` must be > 0, got {arguments.clamp_max}.")
+    if arguments.method != "none" or arguments.sampler:
         _refuse_meaningless(script, arguments)
     if arguments.audit is not None and arguments.audit < 1:
         raise ValueError(f"`--audit` must be >= 1, got {arguments.audit}.")
@@ -118,7 +127,7 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
     if arguments.report:
         arguments.report = Path(arguments.report).resolve()
         arguments.report.parent.mkdir(parents=True, exist_ok=True)
-    if arguments.method == "none" and not (arguments.track or arguments.report or arguments.audit):
+    if arguments.method == "none" and not any((arguments.track, arguments.report, arguments.audit, arguments.sampler)):
         return lambda: run_script(script, rest, arguments.module)
     return WeightedRun(script, rest, arguments, settings)
 
@@ -167,7 +176,8 @@ class WeightedRun:
         self._loss_scale = _LossScale()
         self._rank = int(os.environ.get("RANK", "0"))
         self._world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        self._noticing = Noticing(self._on_model, self._loss_scale.note if arguments.track else None)
+        reads_losses = arguments.track or arguments.sampler
+        self._noticing = Noticing(self._on_model, self._loss_scale.note if reads_losses else None)
 
     def __call__(self) -> int:
         """Run the script; return 0, or NOT_WEIGHTED if it ended well and nothing was weighted."""
@@ -228,12 +238,14 @@ class WeightedRun:
             normalize=self.arguments.normalize,
             clamp_max=self.arguments.clamp_max,
             sample_mask=self.arguments.sample_mask,
+            sampler=self.arguments.sampler,
             track=bool(self.arguments.track),
             loss_scale=self._loss_scale,
             audit=self.arguments.audit,
             on_double_weighting=self.arguments.on_double_weighting,
             **self.settings,
         )
+        attachment.drawn_before(self._noticing.schedulers.timesteps)
         self.attached.append(attachment)
         self._say(repr(attachment))
 
@@ -245,7 +257,9 @@ class WeightedRun:
 
     @property
     def _unweighted(self) -> bool:
-        return self.method is not None and not any(attachment.weighted for attachment in self.attached)
+        return bool(self.method or self.arguments.sampler) and not any(
+            attachment.weighted for attachment in self.attached
+        )
 
     def _say(self, text: str) -> None:
         if self._rank == 0:

@@ -39,6 +39,16 @@ def replace_attribute(owner: Any, name: str, value: Any) -> Callable[[], None]:
     return restore
 
 
+def timesteps_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the timesteps among the arguments of ``add_noise(original_samples, noise, timesteps)``.
+
+    Example:
+        >>> timesteps_in(("x0", "noise"), {"timesteps": 3})
+        3
+    """
+    return args[2] if len(args) > 2 else kwargs.get("timesteps")
+
+
 class AfterImport(importlib.abc.MetaPathFinder):
     """Calls a function with a module as soon as that is imported; at once if it is already."""
 
@@ -80,9 +90,14 @@ class AfterImport(importlib.abc.MetaPathFinder):
 
 
 class Schedulers:
-    """The noise schedulers that a script has made, and which of them it noises with."""
+    """The noise schedulers that a script has made, and which of them it noises with.
+
+    Attributes:
+        timesteps: what the training loop gave to ``add_noise`` last, or None.
+    """
 
     def __init__(self) -> None:
+        self.timesteps: Any = None
         self._made: list[weakref.ref[Any]] = []
         self._noising: list[Any] = []
 
@@ -218,6 +233,8 @@ class Noticing:
             @functools.wraps(method)
             def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
                 schedulers.noised(self)
+                if method.__name__ == "add_noise" and torch.is_grad_enabled():
+                    schedulers.timesteps = timesteps_in(args, kwargs)
                 return method(self, *args, **kwargs)
 
             return wrapper

@@ -22,7 +22,7 @@ from snrweights.tracking import LossVarianceTracker, Reduce
 Evidence = LossVarianceTracker | LossHistory
 MODES = ("resample", "reweight")
 _PREFIX = "evidence."  # of the evidence's part of a state
-BINS, DECAY = 32, 0.999  # of a sampler's own tracker; so slow that single-sample batches too fill its bins
+BINS, MEMORY = 32, 100  # of a sampler's own tracker: bins, and losses that an average bin counts when old ones fade
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,22 @@ class Rule:
     history: int | None = None
 
 
-RULES: dict[str, Rule] = {
-    "loss_second_moment": Rule(
-        lambda statistics: statistics.second_moment.sqrt(), "the loss estimate", floor=0.001, history=10
-    ),
-    "gradient": Rule(lambda statistics: statistics.gradient_square.sqrt(), "the gradient at the model's output"),
-    "variance": Rule(lambda statistics: statistics.variance.sqrt(), "the loss about its mean at each noise level"),
+def _loss(statistics: LossStatistics) -> Tensor:
+    return statistics.second_moment.sqrt()
+
+
+def _gradient(statistics: LossStatistics) -> Tensor:
+    return statistics.gradient_square.sqrt()
+
+
+def _deviation(statistics: LossStatistics) -> Tensor:
+    return statistics.variance.sqrt()
+
+
+RULES: dict[str, Rule] = {  # of functions that can be pickled, with a model that has a sampler attached
+    "loss_second_moment": Rule(_loss, "the loss estimate", floor=0.001, history=10),
+    "gradient": Rule(_gradient, "the gradient at the model's output"),
+    "variance": Rule(_deviation, "the loss about its mean at each noise level"),
 }
 
 
@@ -88,8 +98,8 @@ class ImportanceSampler(TimestepSampler):
     - ``"variance"``: √Var[w L]: the importance ratio of ALSR (Sun & Shi 2026, arXiv 2603.10391, Eq. 12; p* ∝ p √Var is
       our reading, second-hand).
 
-    Feed it with ``update`` after every batch. On several processes give ``reduce``: statistics are then summed over
-    them at every refresh, a collective inside ``draw``.
+    Feed it with ``update`` after every batch; old losses fade, so that a bin counts 100 on average. On several
+    processes give ``reduce``: statistics are then summed over them at every refresh, a collective inside ``draw``.
 
     Args:
         schedule: whatever ``as_schedule`` reads.
@@ -149,6 +159,7 @@ class ImportanceSampler(TimestepSampler):
         self.evidence = self._evidence(evidence, bins, reduce)
         kept = self.evidence.length if isinstance(self.evidence, LossHistory) else warm_up
         self._enough = min(warm_up, kept)
+        self._fades = evidence is None and isinstance(self.evidence, LossVarianceTracker)
         inner = self.evidence.edges[1:-1].to("cpu", torch.float64)
         self._inner = inner
         self._mass = torch.cat((self._quantiles.mass_up_to(inner), inner.new_ones(1))).diff(prepend=inner.new_zeros(1))
@@ -182,7 +193,7 @@ class ImportanceSampler(TimestepSampler):
         end = torch.tensor([LIMIT], dtype=torch.float64)
         edges = torch.cat((-end, self._quantiles.edges(bins), end))
         if history is None:
-            return LossVarianceTracker(edges=edges, decay=DECAY, reduce=reduce)
+            return LossVarianceTracker(edges=edges, reduce=reduce)
         return LossHistory(edges, history, reduce=reduce)
 
     def __repr__(self) -> str:
@@ -213,6 +224,9 @@ class ImportanceSampler(TimestepSampler):
         square = loss if gradient_square is None else torch.where(gradient_square < 0, torch.nan, gradient_square)
         if weight is not None:
             loss, square = loss * weight, square * weight.square()
+        if self._fades:  # by samples: with few of them in a batch, bins would otherwise never see enough
+            batch = len(t) * self._options["world_size"]
+            self.evidence.decay = math.exp(-batch / (MEMORY * len(self._mass)))  # type: ignore[union-attr]
         self.evidence.update(loss, self.schedule.log_snr(t), gradient_square=square)
 
     def sync(self) -> None:

@@ -341,6 +341,7 @@ def test_the_report_says_what_was_weighted_and_what_was_passed_over(here):
         "mean_weight": pytest.approx(1),
         "weighted": True,
         "reason": None,
+        "sampler": None,
     }
     assert (audit["steps"], audit["constant"]) == (2, True)
     assert audit["target_as_expected"] is False  # the script's target is the noise, whatever the scheduler says
@@ -568,6 +569,43 @@ def test_a_model_can_be_saved_as_a_whole(here):
     assert Path("model.pt").is_file()
 
 
+DRAWING = (
+    SMALL
+    + """
+model, scheduler, seen = small_unet(), DDPMScheduler(), []
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for step in range(4):
+    images, noise = torch.randn(2, 4, 3, 8, 8)
+    own = torch.full((4,), step)
+    t = own.clone()
+    noisy = scheduler.add_noise(images, noise, t)
+    seen.append(torch.equal(t, own))
+    F.mse_loss(model(noisy, t).sample, noise).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+print(seen)
+"""
+)
+
+
+@pytest.mark.parametrize("method", ["none", "min_snr"])
+def test_timesteps_are_redrawn_from_the_second_batch_on(method, here, capsys):
+    """The model, and with it the scheduler, is noticed when the first batch is noised already."""
+    code, report = report_of(DRAWING, "--method", method, "--sampler", "variance", "--audit", "4")
+    assert code == 0
+    assert capsys.readouterr().out.startswith("[True, False, False, False]\n")
+    [attached] = report["attached"]
+    assert attached["weighted"]
+    assert attached["sampler"].startswith("ImportanceSampler('the loss about its mean")
+    assert attached["audit"]["constant"]
+
+
+def test_a_sampler_in_a_script_that_does_not_noise_with_its_scheduler(here):
+    by_hand = TRAINING.replace("scheduler.add_noise(images, noise, T)", "0.6 * images + 0.8 * noise")
+    with pytest.raises(ValueError, match=r"inside DDPMScheduler.add_noise, and the script has not called it"):
+        main(["launch", "--sampler", "gradient", write(here / "script.py", by_hand)])
+
+
 @pytest.mark.parametrize("end", ["", "raise RuntimeError('boom')", "raise SystemExit(0)"])
 def test_nothing_of_it_remains_afterwards(end, here):
     def patched():
@@ -733,6 +771,7 @@ def test_a_script_in_which_a_weight_has_no_meaning_is_refused_by_name(name, reas
         (["--set", "gamma", "script.py"], "`--set` takes NAME=VALUE, got 'gamma'."),
         (["--method", "none", "--set", "gamma=5", "script.py"], "`--set` goes with a method"),
         (["--method", "none", "--normalize", "mean", "script.py"], "`--normalize` goes with a method"),
+        (["--method", "none", "--density", "cosine", "script.py"], "`--density` goes with a method"),
         (["--clamp-max", "nan", "script.py"], "`--clamp-max` must be > 0, got nan"),
         (["--audit", "0", "script.py"], "`--audit` must be >= 1, got 0"),
         ([], "give a SCRIPT to run"),

@@ -285,8 +285,8 @@ def test_audit_of_sd3(script, more, with_an_instance, tmp_path):
 # launched, without a formula to compare with --------------------------------------------------------------------------
 
 
-def assert_weighted_once(script, options, folder, passed_over=(), target_as_expected=True):
-    before = [*LAUNCH, "--report", folder / "report.json"]
+def assert_weighted_once(script, options, folder, passed_over=(), target_as_expected=True, sampler=None):
+    before = [*LAUNCH, "--report", folder / "report.json", *(("--sampler", sampler) if sampler else ())]
     run(script, options, folder / "launched", before)
     report = json.loads((folder / "report.json").read_text())
     [attached] = report["attached"]
@@ -297,6 +297,7 @@ def assert_weighted_once(script, options, folder, passed_over=(), target_as_expe
     assert (found["steps"], found["is_mse"], found["not_read"]) == (8, True, [])
     assert_constant(found, target_as_expected)
     assert list(report["passed_over"]) == list(passed_over)
+    assert (attached["sampler"] is None) == (sampler is None)
 
 
 def test_launch_of_dreambooth_lora(pipeline, with_an_instance, tmp_path):
@@ -323,3 +324,28 @@ def test_launch_of_instruct_pix2pix(pipeline, images, tmp_path):
     options |= {"edit_prompt_column": "edit_prompt"}
     # the input has more channels than the noisy latents, so that the target cannot be told
     assert_weighted_once("instruct_pix2pix/train_instruct_pix2pix.py", options, tmp_path, target_as_expected=None)
+
+
+# launched with timesteps that are redrawn: those of the noise, if the target is as expected ---------------------------
+
+OPTIONS = [{"prediction_type": "v_prediction"}, {"dream_training": True}, {"input_perturbation": 0.1}]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_sampler_in_text_to_image(option, text_to_image, tmp_path):
+    script, options = text_to_image
+    as_expected = "dream_training" not in option
+    assert_weighted_once(script, options | option, tmp_path, target_as_expected=as_expected, sampler="gradient")
+
+
+def test_sampler_in_dreambooth_and_accumulation(pipeline, with_an_instance, tmp_path):
+    options = with_an_instance | {"pretrained_model_name_or_path": pipeline, "gradient_accumulation_steps": 2}
+    assert_weighted_once("dreambooth/train_dreambooth.py", options, tmp_path, sampler="variance")
+
+
+def test_sampler_is_refused_in_a_flow_script(with_an_instance, tmp_path):
+    options = with_an_instance | {"max_sequence_length": 16, "output_dir": tmp_path / "out"}
+    options |= {"pretrained_model_name_or_path": save_sd3(tmp_path / "pipeline")}
+    before = [*LAUNCH, "--sampler", "gradient"]
+    with pytest.raises(AssertionError, match="loops that train on FlowMatchEulerDiscreteScheduler mix noise in by"):
+        run("dreambooth/train_dreambooth_sd3.py", options, tmp_path / "out", before)
