@@ -69,6 +69,13 @@ class Trainer:
             normalize="mean" if options.weight.normalize == "mean" else None,
             clamp_max=options.weight.clamp_max,
         )
+        self.weight.reduce = SumOverProcesses(accelerator)
+        self._center_ahead = weighting.batch_dependent and options.optimizer.gradient_accumulation_steps > 1
+        if self._center_ahead and weighting.needs_loss and not weighting.averaged_over_steps:
+            raise SystemExit(
+                f"{weighting!r} compares the losses of a whole step, which its first forward pass does not know: "
+                "--set center=ema, or --gradient-accumulation-steps 1."
+            )
         self.tracker = self.make_tracker(reduce=SumOverProcesses(accelerator))
         model = process.wrap(make_model(options))
         optimizer = torch.optim.Adam(model.parameters(), lr=options.optimizer.learning_rate)
@@ -86,16 +93,26 @@ class Trainer:
 
     def draw(self, images: Tensor, labels: Tensor, forward: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Flip images, drop labels, and draw noise and timesteps for forward pass number ``forward``."""
-        rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
-        here = slice(len(images) * rank, len(images) * (rank + 1))
-        stream = generator(self.options.run.seed, NOISE, forward, device=device)
-        everywhere = (len(images) * world, *images.shape[1:])
-        noise = torch.randn(everywhere, generator=stream, device=device)[here]
-        u, flip, drop = torch.rand((3, everywhere[0]), generator=stream, device=device)[:, here]
+        noise, (u, flip, drop) = self.random(images.shape, forward)
         if self.options.data.random_flip:
             images = torch.where(flip[:, None, None, None] < 0.5, images.flip(-1), images)
         labels = torch.where(drop < self.options.model.class_dropout, self.options.model.num_classes, labels)
         return images, noise, self.process.timesteps(u), labels
+
+    def random(self, shape: tuple[int, ...], forward: int) -> tuple[Tensor, Tensor]:
+        """Return noise of ``shape`` and three uniform numbers a sample: this process's, for one forward pass."""
+        rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
+        here = slice(shape[0] * rank, shape[0] * (rank + 1))
+        stream = generator(self.options.run.seed, NOISE, forward, device=device)
+        noise = torch.randn((shape[0] * world, *shape[1:]), generator=stream, device=device)[here]
+        return noise, torch.rand((3, shape[0] * world), generator=stream, device=device)[:, here]
+
+    def center(self, passes: range) -> None:
+        """Let the weight know the timesteps of all forward passes of a step: they are drawn again, being functions."""
+        data = self.options.data
+        shape = (self.options.optimizer.train_batch_size, data.channels, data.resolution, data.resolution)
+        u = torch.cat([self.random(shape, forward)[1][0] for forward in passes])
+        self.weight.center_on(self.process.timesteps(u))
 
     def losses(self, images: Tensor, noise: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the unweighted loss of each sample, and its log-SNR."""
@@ -110,7 +127,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         total = torch.zeros((), device=device)
-        for forward in range((step - 1) * accumulate, step * accumulate):
+        passes = range((step - 1) * accumulate, step * accumulate)
+        if self._center_ahead:
+            self.center(passes)
+        for forward in passes:
             images, labels = (part.to(device, non_blocking=True) for part in next(batches))
             if self.options.model.dropout:
                 torch.manual_seed(seed_of(self.options.run.seed, DROPOUT, forward, self.accelerator.process_index))
@@ -118,7 +138,7 @@ class Trainer:
                 images, noise, t, labels = self.draw(images, labels, forward)
                 losses, log_snr = self.losses(images, noise, t, labels)
                 self.tracker.update(losses, log_snr, prediction_type=self.process.prediction_type)
-                loss = (self.weight(t) * losses).mean()
+                loss = (self.weight(t, losses.detach()) * losses).mean()
                 self.accelerator.backward(loss)
                 total += loss.detach() / accumulate
                 if self.accelerator.sync_gradients:
@@ -165,10 +185,11 @@ class Trainer:
         averages = {f"ema.{i}": whole(value) for i, value in enumerate(self.ema.shadow_params)}
         self.tracker.sync()
         tracked = {f"tracker.{name}": value for name, value in self.tracker.state_dict().items()}
+        weight = {f"weight.{name}": value for name, value in self.weight.state_dict().items()}
         scaler = self.accelerator.scaler
         scale = {f"scaler.{key}": torch.tensor(value) for key, value in (scaler.state_dict() if scaler else {}).items()}
         learnt = model_and_optimizer_state(self.model, self.optimizer.optimizer)
-        return {**learnt, **averages, **tracked, **scale, "running": self.accelerator.reduce(running, "mean")}
+        return {**learnt, **averages, **tracked, **weight, **scale, "running": self.accelerator.reduce(running, "mean")}
 
     def restore(self, step: int, state: dict[str, Tensor]) -> Tensor:
         """Take over the state of a checkpoint; return the running loss."""
@@ -181,6 +202,9 @@ class Trainer:
             copy_whole(value, state[f"ema.{i}"])
         tracked = {name.removeprefix("tracker."): value for name, value in state.items() if "tracker." in name}
         self.tracker.load_state_dict(tracked)
+        self.weight.load_state_dict(
+            {name.removeprefix("weight."): value for name, value in state.items() if name.startswith("weight.")}
+        )
         return state["running"].to(self.accelerator.device)
 
     def save_model(self, folder: Path) -> None:

@@ -24,7 +24,7 @@ from snrweights.integrations.live_weighting import LiveWeighting
 from torch import nn
 
 from snrweights.densities import Density
-from snrweights.losses import Method
+from snrweights.losses import Method, check_depends_on_t_alone
 from snrweights.tracking import LossVarianceTracker
 from snrweights.weightings.base import Normalize, get_weighting
 
@@ -89,7 +89,8 @@ def attach(
 
     Raises:
         TypeError: a model or scheduler that is refused or not known, with the reason.
-        ValueError: a bad argument, an infinite weight, or a model that is weighted already.
+        ValueError: a bad argument, an infinite weight, one that depends on the batch, or a model that is weighted
+            already.
         DoubleWeightingError: from ``backward``, in the first steps.
 
     Example:
@@ -115,7 +116,7 @@ def attach(
     adapter = choose_adapter(target, timestep, force)
     live = LiveWeighting(
         scheduler,
-        None if method is None else get_weighting(method, **hp),
+        None if method is None else check_depends_on_t_alone(get_weighting(method, **hp)),
         adapter.schedule,
         prediction_type=prediction_type,
         density=density,

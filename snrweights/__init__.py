@@ -18,13 +18,13 @@ from snrweights.schedules import CosineSchedule, DiscreteSchedule, EDMSchedule, 
 from snrweights.tracking import LossVarianceTracker
 from snrweights.version import __version__
 from snrweights.weightings.base import (
-    BoundWeighting,
     Weighting,
     get_weighting,
     hyper,
     list_weightings,
     register_weighting,
 )
+from snrweights.weightings.bound import BoundWeighting
 from snrweights.weightings.clipped import Match, match
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from snrweights.doctor import Diagnosis
 from snrweights.objective import objective
 from snrweights.schedulers import as_schedule
 from snrweights.statistics import LossStatistics
-from snrweights.weightings.base import WeightCurve, Weighting, get_weighting
+from snrweights.weightings.base import Weighting, get_weighting
+from snrweights.weightings.bound import WeightCurve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

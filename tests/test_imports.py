@@ -15,8 +15,12 @@ FLOORS = [
     {"schedules", "predictions", "seeds", "settings", "version"},
     {"schedulers", "densities", "process", "statistics"},
     {"drawn", "tracking"},
+    {"weightings.bound"},
     {"weightings.base"},
-    {"weightings.classic", "weightings.clipped", "weightings.objectives", "weightings.parity"},
+    {
+        *("weightings.adaptive", "weightings.classic", "weightings.clipped", "weightings.objectives"),
+        "weightings.parity",
+    },
     {"weightings"},
     {"losses"},
     {"objective", "recognition"},

@@ -11,13 +11,14 @@ import yaml
 from diffusers import DDPMPipeline, UNet2DModel
 from PIL import Image
 from snrweights.integrations.config import load_preset
-from training import EXAMPLES, TINY, main
+from training import EXAMPLES, TINY, assert_bit_equal, final_state, main
 
 import snrweights
 
 pytestmark = pytest.mark.slow
 SCRIPT = EXAMPLES / "train.py"
 QUICK = ["--max-steps", "3", "--logging-steps", "2", "--num-samples", "6", "--num-inference-steps", "2"]
+MEASURED = ["--process", "edm", "--time-density", "log_normal", "--method", "alsr", "--set"]
 PRESETS = sorted(path.stem for path in (EXAMPLES / "configs").glob("digits*.yaml"))
 
 
@@ -158,6 +159,11 @@ def test_a_conditional_model_is_given_the_classes(tmp_path):
         (["--features", "inception"], ModuleNotFoundError, r"pip install 'snrweights\[fid\]'"),
         (["--num-classes", "3"], ValueError, r"outside \[0, 3\): set `num_classes`"),
         (["--resume", "nowhere"], RuntimeError, "nowhere cannot be used"),
+        (
+            [*MEASURED, "form=loss_zscore", "center=batch", "--gradient-accumulation-steps", "2"],
+            SystemExit,
+            "compares the losses of a whole step.*center=ema",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path, monkeypatch, argv, error, said):
@@ -188,24 +194,78 @@ def test_presets_are_complete():
         assert load_preset(Options, path.parent, path.stem).preset == path.stem
 
 
-def test_draws_do_not_depend_on_the_number_of_processes():
+@pytest.mark.parametrize("form", ["cauchy", "loss_zscore"])
+def test_a_measured_centre_is_resumed_bit_equal(tmp_path, form):
+    argv = [*TINY, *QUICK, "--gradient-accumulation-steps", "2", "--checkpointing-steps", "2"]
+    argv += [*MEASURED, f"form={form}", "center=ema"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    main([*argv, "--output-dir", str(first)])
+    (second / "checkpoints").mkdir(parents=True)
+    (second / "checkpoints" / "step-00000002").symlink_to(first / "checkpoints" / "step-00000002")
+    main([*argv, "--output-dir", str(second), "--resume", "latest"])
+    state = final_state(first, 3)
+    assert_bit_equal(state, final_state(second, 3))
+    # of 4 samples a pass, 2 passes a step: timesteps fade by step, losses by pass
+    batches = [8] * 3 if form == "cauchy" else [4] * 6
+    assert state["weight.sums"][0].item() == pytest.approx(sum(n * 0.99**i for i, n in enumerate(batches)))
+
+
+def stub_trainer(options):
     sys.path.insert(0, str(EXAMPLES))
     import train
 
-    class Process:
-        device = torch.device("cpu")
-
-        def __init__(self, rank, world):
-            self.process_index, self.num_processes = rank, world
-
-    options = train.Options()
-    options.data.random_flip = True
     trainer = object.__new__(train.Trainer)
-    trainer.options, trainer.process = options, train.PROCESSES["discrete"](options.process)
+    trainer.options, trainer.process = options, train.PROCESSES[options.process.process](options.process)
+    return trainer
+
+
+class OneOf:
+    """In an Accelerator's place: one of so many processes."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, rank, world):
+        self.process_index, self.num_processes = rank, world
+
+
+def options_of_train():
+    sys.path.insert(0, str(EXAMPLES))
+    from options import Options
+
+    return Options()
+
+
+def test_micro_batches_of_a_step_have_the_weights_of_one_batch():
+    options = options_of_train()
+    options.process.process, options.process.time_density = "edm", "log_normal"
+    options.optimizer.train_batch_size, options.data.resolution, options.data.channels = 4, 8, 1
+    trainer, images, labels = stub_trainer(options), torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.long)
+    schedule = trainer.process.schedule
+
+    def bound():
+        return snrweights.get_weighting("alsr", center="batch").bind(schedule, prediction_type="edm")
+
+    sums = []
+    for rank in (0, 1, 0, 1):  # the first two for their sums alone
+        trainer.accelerator, trainer.weight = OneOf(rank, 2), bound()
+        trainer.weight.reduce = (lambda own: sums.append(own) or own) if len(sums) < 2 else (lambda own: sum(sums))
+        trainer.center(range(6, 9))
+        t = [trainer.draw(images, labels, forward)[2] for forward in range(6, 9)]
+        weights = torch.cat([trainer.weight(part) for part in t])
+    other = OneOf(0, 2)
+    trainer.accelerator = other
+    everywhere = torch.cat([*(trainer.draw(images, labels, forward)[2] for forward in range(6, 9)), *t])
+    torch.testing.assert_close(weights, bound()(everywhere)[12:], rtol=1e-6, atol=0)
+
+
+def test_draws_do_not_depend_on_the_number_of_processes():
+    options = options_of_train()
+    options.data.random_flip = True
+    trainer = stub_trainer(options)
     images, labels = torch.randn(8, 1, 4, 4), torch.arange(8)
 
     def drawn(rank, world):
-        trainer.accelerator = Process(rank, world)
+        trainer.accelerator = OneOf(rank, world)
         here = slice(8 // world * rank, 8 // world * (rank + 1))
         return trainer.draw(images[here], labels[here], 5)
 

@@ -87,6 +87,18 @@ def test_resumed_it_ends_bit_equal(both, tmp_path):
     torch.testing.assert_close(first["tracker.moments"], second["tracker.moments"], rtol=1e-12, atol=0)
 
 
+def test_a_weight_centred_on_the_batch_is_centred_on_that_of_both(tmp_path):
+    argv = ["--process", "edm", "--time-density", "log_normal", "--density-mean", "-1.2", "--density-std", "1.2"]
+    argv += ["--method", "alsr", "--set", "center=batch", "--max-steps", "2", "--num-samples", "2"]
+    main([*COMMON, *argv, "--train-batch-size", "8", "--output-dir", str(tmp_path / "one")])
+    two(tmp_path / "two", *argv, "--train-batch-size", "4")
+    first, second = final_state(tmp_path / "one", 2), final_state(tmp_path / "two", 2)
+    torch.testing.assert_close(first["weight.sums"], second["weight.sums"], rtol=1e-9, atol=0)
+    one, both = ([line["loss"] for line in log(tmp_path / name) if "loss" in line] for name in ("one", "two"))
+    assert len(one) == 2
+    assert both == pytest.approx(one, rel=1e-5)
+
+
 def test_sampling_alone_gives_bit_equal_images_on_one_and_two_processes(one, tmp_path):
     """From one model the images do not depend on the number of processes at all."""
     resumed = tmp_path / "run"
