@@ -210,6 +210,21 @@ def test_a_measured_centre_is_resumed_bit_equal(tmp_path, form):
     assert state["weight.sums"][0].item() == pytest.approx(sum(n * 0.99**i for i, n in enumerate(batches)))
 
 
+def test_the_variance_of_runs_is_drawn_from_their_folders(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import variance_by_noise
+
+    figure = tmp_path / "variance.png"
+    monkeypatch.setattr(sys, "argv", ["variance_by_noise.py", str(run[0]), str(run[0]), "-o", str(figure)])
+    variance_by_noise.main()
+    assert str(figure) in capsys.readouterr().out
+    assert figure.stat().st_size > 10_000
+    statistics, curve = variance_by_noise.read(run[0])
+    assert statistics.count.sum() == 2 * 64
+    assert repr(curve.weighting) == "SmoothedKL(tau=0.2, coords='vp')"
+    assert curve.mean() == pytest.approx(1)
+
+
 def stub_trainer(options):
     sys.path.insert(0, str(EXAMPLES))
     import train
