@@ -25,8 +25,9 @@ from snrweights.integrations.results import MetricsLog, image_grid, save_results
 from snrweights.integrations.sampling import sample_images
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
-from trainer import MEASURE, SAMPLES, SPLIT, Trainer
+from trainer import MEASURE, SAMPLES, SPLIT, UNCERTAINTY, Trainer
 
+import snrweights
 from snrweights import plots
 from snrweights.seeds import generator
 from snrweights.settings import parse_settings
@@ -191,6 +192,10 @@ def finish(options: Options, trainer: Trainer, data: Subset, log: MetricsLog, se
     trainer.tracker.save(output / "tracker.safetensors")
     figure = plots.plot_loss_by_noise(trainer.tracker.compute(), log.validations())
     plots.save(figure, output / "loss_by_noise.png")
+    if options.weight.learned_uncertainty:
+        learnt = snrweights.LearnedUncertainty.load(output / UNCERTAINTY)
+        figure = plots.plot_uncertainty(learnt, trainer.tracker.compute(), trainer.weight.curve)
+        plots.save(figure, output / "uncertainty.png")
     image_grid(samples[:100]).save(output / "samples.png")
     results = metrics.compare(
         samples,

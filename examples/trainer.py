@@ -20,14 +20,17 @@ from snrweights.integrations.checkpoint import (
     whole,
 )
 from snrweights.integrations.processes import Process
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 import snrweights
+from snrweights.schedules import Schedule
 from snrweights.seeds import generator, seed_of
 from snrweights.settings import parse_settings
 from snrweights.statistics import LossStatistics
+from snrweights.uncertainty import LearnedUncertainty, with_uncertainty
 
+UNCERTAINTY = "uncertainty.safetensors"
 NOISE, VALIDATION, SAMPLES, MEASURE, SPLIT, DROPOUT = range(1, 7)  # streams of random numbers, beside the seed
 
 
@@ -49,6 +52,18 @@ def make_model(options: Options) -> UNet2DModel:
     if model.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return unet
+
+
+class WithUncertainty(nn.Module):
+    """A network and, trained beside it, the uncertainty of its loss: one module to wrap, shard, average and save."""
+
+    def __init__(self, network: nn.Module, uncertainty: LearnedUncertainty, schedule: Schedule) -> None:
+        super().__init__()
+        self.network, self.uncertainty, self._schedule = network, uncertainty, schedule
+
+    def forward(self, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return the prediction, shape of ``x``, and u at the samples' noise levels, (B,)."""
+        return self.network(x, t, *args, **kwargs), self.uncertainty(self._schedule.log_snr(t))
 
 
 class Trainer:
@@ -78,7 +93,11 @@ class Trainer:
             )
         self.tracker = self.make_tracker(reduce=SumOverProcesses(accelerator))
         model = process.wrap(make_model(options))
-        optimizer = torch.optim.Adam(model.parameters(), lr=options.optimizer.learning_rate)
+        groups = [{"params": [*model.parameters()]}]
+        if options.weight.learned_uncertainty:
+            model = WithUncertainty(model, LearnedUncertainty(seed=options.run.seed), process.schedule)
+            groups.append({"params": [*model.uncertainty.parameters()]})
+        optimizer = torch.optim.Adam(groups, lr=options.optimizer.learning_rate)
         schedule = get_scheduler(
             options.optimizer.lr_scheduler,
             optimizer,
@@ -114,12 +133,14 @@ class Trainer:
         u = torch.cat([self.random(shape, forward)[1][0] for forward in passes])
         self.weight.center_on(self.process.timesteps(u))
 
-    def losses(self, images: Tensor, noise: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the unweighted loss of each sample, and its log-SNR."""
+    def losses(self, images: Tensor, noise: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the unweighted loss of each sample, its log-SNR, and the learnt uncertainty there, if any."""
         log_snr = self.process.schedule.log_snr(t)
         x, target = self.process.noisy_and_target(images, noise, log_snr)
         classes = {"class_labels": labels} if self.options.model.num_classes else {}
-        return snrweights.per_sample_mse(self.model(x, t, **classes), target), log_snr
+        output = self.model(x, t, **classes)
+        prediction, u = output if self.options.weight.learned_uncertainty else (output, None)
+        return snrweights.per_sample_mse(prediction, target), log_snr, u
 
     def step(self, step: int, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
         """Make optimizer step number ``step``, from 1; return the weighted loss, on the device."""
@@ -136,11 +157,11 @@ class Trainer:
                 torch.manual_seed(seed_of(self.options.run.seed, DROPOUT, forward, self.accelerator.process_index))
             with self.accelerator.accumulate(self.model):
                 images, noise, t, labels = self.draw(images, labels, forward)
-                losses, log_snr = self.losses(images, noise, t, labels)
+                losses, log_snr, u = self.losses(images, noise, t, labels)
                 self.tracker.update(losses, log_snr, prediction_type=self.process.prediction_type)
-                loss = (self.weight(t, losses.detach()) * losses).mean()
-                self.accelerator.backward(loss)
-                total += loss.detach() / accumulate
+                losses = self.weight(t, losses.detach()) * losses
+                total += losses.detach().mean() / accumulate
+                self.accelerator.backward((losses if u is None else with_uncertainty(losses, u)).mean())
                 if self.accelerator.sync_gradients:
                     self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.optimizer.max_grad_norm)
                 self.optimizer.step()
@@ -168,7 +189,7 @@ class Trainer:
         self.model.eval()
         for batch in parts:
             images, noise, u, labels = (part.to(self.accelerator.device) for part in batch)
-            losses, log_snr = self.losses(images, noise, self.process.timesteps(u), labels)
+            losses, log_snr, _ = self.losses(images, noise, self.process.timesteps(u), labels)
             tracker.update(losses, log_snr, prediction_type=self.process.prediction_type)
         self.model.train()
         if isinstance(self.model, FSDPModule):
@@ -208,11 +229,20 @@ class Trainer:
         return state["running"].to(self.accelerator.device)
 
     def save_model(self, folder: Path) -> None:
-        """Save the averaged weights as a pipeline; every process calls it."""
+        """Save the averaged weights as a pipeline, and the uncertainty beside it; every process calls it."""
         self.ema.copy_to(self.model.parameters())
         weights = self.accelerator.get_state_dict(self.model)
         if self.accelerator.is_main_process:
             unet = make_model(self.options)
-            unet.load_state_dict({name.split("model.", 1)[1]: value for name, value in weights.items()})
+            unet.load_state_dict(_below("model.", weights))
             DDPMPipeline(unet, self.process.scheduler).save_pretrained(folder)
+            if self.options.weight.learned_uncertainty:
+                uncertainty = LearnedUncertainty(seed=self.options.run.seed)
+                uncertainty.load_state_dict(_below("uncertainty.", weights))
+                uncertainty.save(folder.parent / UNCERTAINTY)
         self.accelerator.wait_for_everyone()
+
+
+def _below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the part of a state below a prefix, whatever wrappers put before it."""
+    return {name.split(prefix, 1)[1]: value for name, value in state.items() if prefix in name}

@@ -16,6 +16,7 @@ from snrweights.objective import Objective, objective
 from snrweights.schedulers import as_schedule
 from snrweights.schedules import CosineSchedule, DiscreteSchedule, EDMSchedule, FlowSchedule
 from snrweights.tracking import LossVarianceTracker
+from snrweights.uncertainty import LearnedUncertainty
 from snrweights.version import __version__
 from snrweights.weightings.base import (
     Weighting,
@@ -38,6 +39,7 @@ __all__ = [
     "EDMSchedule",
     "Finding",
     "FlowSchedule",
+    "LearnedUncertainty",
     "LossVarianceTracker",
     "Match",
     "Objective",

@@ -17,6 +17,7 @@ from snrweights.doctor import Diagnosis
 from snrweights.objective import objective
 from snrweights.schedulers import as_schedule
 from snrweights.statistics import LossStatistics
+from snrweights.uncertainty import LearnedUncertainty
 from snrweights.weightings.base import Weighting, get_weighting
 from snrweights.weightings.bound import WeightCurve
 
@@ -329,4 +330,38 @@ def plot_variance(runs: Mapping[str, tuple[LossStatistics, WeightCurve]]) -> Fig
         ax.set_yscale("log")
         _finish(ax, title, "variance of the loss" if title == "unweighted" else "")
     axes[0].legend(frameon=False, fontsize=9)
+    return figure
+
+
+@torch.no_grad()
+def plot_uncertainty(
+    uncertainty: LearnedUncertainty,
+    statistics: LossStatistics | None = None,
+    curve: WeightCurve | None = None,
+) -> Figure:
+    """Draw exp(u), the loss that is expected at a noise level, over log-SNR, beside the mean that was tracked.
+
+    Args:
+        uncertainty: as learnt.
+        statistics: of a tracker; the curve is drawn over the noise levels that it saw.
+        curve: the weight of the losses, if those tracked are unweighted.
+
+    Example:
+        >>> len(plot_uncertainty(LearnedUncertainty()).axes[0].lines)
+        1
+    """
+    figure = _figure(1)
+    ax = figure.subplots()
+    low, high = -12.0, 12.0
+    if statistics is not None and statistics.count.any():
+        seen = statistics.count > 0
+        centres = ((statistics.edges[1:] + statistics.edges[:-1]) / 2)[seen]
+        low, high = float(centres[0]), float(centres[-1])
+        weight = curve.log_weight(centres, statistics.unit).exp() if curve is not None else 1.0
+        ax.plot(centres, weight * statistics.mean[seen], "o", ms=4, color=_COLOURS[1], label="mean loss, tracked")
+    log_snr = torch.linspace(low, high, 401)
+    ax.plot(log_snr, uncertainty.cpu()(log_snr).exp(), color=_COLOURS[0], label="learnt, exp(u)")
+    ax.set_yscale("log")
+    ax.legend(frameon=False, fontsize=9)
+    _finish(ax, "learnt uncertainty by noise level", "weighted loss")
     return figure

@@ -13,7 +13,7 @@ PACKAGE = Path(snrweights.__file__).parent
 # a module imports from lower floors only; a new module must be given one
 FLOORS = [
     {"schedules", "predictions", "seeds", "settings", "version"},
-    {"schedulers", "densities", "process", "statistics"},
+    {"schedulers", "densities", "process", "statistics", "uncertainty"},
     {"drawn", "tracking"},
     {"weightings.bound"},
     {"weightings.base"},

@@ -53,7 +53,7 @@ def test_launched_without_a_flag_it_says_where_everything_is(run):
 def test_configuration_and_metrics(run):
     config = yaml.safe_load((run[0] / "config.yaml").read_text())
     expected = {"method": "smoothed_kl", "set": ["tau=0.2"], "normalize": "mean", "clamp_max": None}
-    assert config["weight"] == expected
+    assert config["weight"] == {**expected, "learned_uncertainty": False}
     lines = [json.loads(line) for line in (run[0] / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if "loss" in line]
     assert [line["step"] for line in trained] == [2, 3]
