@@ -205,13 +205,17 @@ def test_resumed_it_ends_bit_equal(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_divides_the_gradient_and_not_the_loss_that_is_logged(run, tmp_path):
-    plain = [word for word in ARGV if word != "--learned-uncertainty"]
-    main([*plain, "--output-dir", str(tmp_path / "run")])
+def test_it_divides_the_gradient_and_not_the_loss_that_is_logged(tmp_path):
+    argv = [*TINY, "--max-steps", "4", "--logging-steps", "1", "--learning-rate", "0.02", "--lr-warmup-steps", "1"]
+    argv += ["--method", "p2", "--set", "k=30", "--normalize", "none"]  # losses of 1/30, u of -3.4 to be learnt
     losses = []
-    for folder in (run, tmp_path / "run"):
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for name, extra in (("plain", []), ("learnt", ["--learned-uncertainty"])):
+        main([*argv, *extra, "--output-dir", str(tmp_path / name)])
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         losses.append([line["loss"] for line in lines if "loss" in line])
-    assert losses[0][0] == losses[1][0]  # u starts at 0
-    assert losses[0][-1] == pytest.approx(losses[1][-1], rel=0.1)
-    assert losses[0][-1] != losses[1][-1]
+    plain, learnt = losses
+    assert learnt[0] == plain[0]  # u starts at 0
+    assert learnt[1:] != plain[1:]
+    assert learnt == pytest.approx(plain, rel=0.5)
+    u = LearnedUncertainty.load(tmp_path / "learnt" / "uncertainty.safetensors")(torch.tensor([0.0]))
+    assert u < -0.01  # u itself in the loss would have made it negative
