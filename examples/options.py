@@ -114,6 +114,8 @@ class WeightOptions:
     """Scale the weight to average 1, so that switching methods keeps the learning rate."""
     clamp_max: float | None = None
     """Upper bound on the weight before that, for weights that are infinite somewhere."""
+    learned_uncertainty: bool = False
+    """Learn the size of the weighted loss at each noise level beside the model and divide by it, as EDM2 does."""
 
 
 @dataclass

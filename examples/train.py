@@ -29,7 +29,7 @@ from snrweights.integrations.results import MetricsLog, image_grid, save_results
 from snrweights.integrations.sampling import sample_images
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
-from trainer import MEASURE, SAMPLES, SPLIT, Trainer
+from trainer import MEASURE, SAMPLES, SPLIT, UNCERTAINTY, Trainer
 
 import snrweights
 from snrweights import plots
@@ -220,6 +220,10 @@ def finish(options: Options, trainer: Trainer, data: Subset, log: MetricsLog, se
     history = [(update // trainer.accumulation, statistics) for update, statistics in trainer.tracker.history()]
     if len(history) > 1:
         plots.save(plots.plot_history(history), output / "loss_history.png")
+    if options.weight.learned_uncertainty:
+        learnt = snrweights.LearnedUncertainty.load(output / UNCERTAINTY)
+        figure = plots.plot_uncertainty(learnt, second_half, trainer.weight.curve)
+        plots.save(figure, output / "uncertainty.png")
     image_grid(samples[:100]).save(output / "samples.png")
     results = metrics.compare(
         samples,

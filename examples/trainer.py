@@ -20,14 +20,17 @@ from snrweights.integrations.checkpoint import (
     whole,
 )
 from snrweights.integrations.processes import Process
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 import snrweights
+from snrweights.schedules import Schedule
 from snrweights.seeds import generator, seed_of
 from snrweights.settings import parse_settings
 from snrweights.statistics import LossStatistics
+from snrweights.uncertainty import LearnedUncertainty, with_uncertainty
 
+UNCERTAINTY = "uncertainty.safetensors"
 NOISE, VALIDATION, SAMPLES, MEASURE, SPLIT, DROPOUT = range(1, 7)  # streams of random numbers, beside the seed
 
 
@@ -51,6 +54,18 @@ def make_model(options: Options) -> UNet2DModel:
     return unet
 
 
+class WithUncertainty(nn.Module):
+    """A network and, trained beside it, the uncertainty of its loss: one module to wrap, shard, average and save."""
+
+    def __init__(self, network: nn.Module, uncertainty: LearnedUncertainty, schedule: Schedule) -> None:
+        super().__init__()
+        self.network, self.uncertainty, self._schedule = network, uncertainty, schedule
+
+    def forward(self, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return the prediction, shape of ``x``, and u at the samples' noise levels, (B,)."""
+        return self.network(x, t, *args, **kwargs), self.uncertainty(self._schedule.log_snr(t))
+
+
 class Trainer:
     """Model, weighting and optimizer, and one step of training them.
 
@@ -71,11 +86,22 @@ class Trainer:
             normalize="mean" if options.weight.normalize == "mean" else None,
             clamp_max=options.weight.clamp_max,
         )
+        self.weight.reduce = SumOverProcesses(accelerator)
+        self.center_ahead = weighting.batch_dependent and self.accumulation > 1
+        if self.center_ahead and weighting.needs_loss and not weighting.averaged_over_steps:
+            raise SystemExit(
+                f"{weighting!r} compares the losses of a whole step, which its first forward pass does not know: "
+                "--set center=ema, or --gradient-accumulation-steps 1."
+            )
         self.tracker = self.make_tracker(
             reduce=SumOverProcesses(accelerator), snapshot_every=options.output.logging_steps * self.accumulation
         )
         model = process.wrap(make_model(options))
-        optimizer = torch.optim.Adam(model.parameters(), lr=options.optimizer.learning_rate)
+        groups = [{"params": [*model.parameters()]}]
+        if options.weight.learned_uncertainty:
+            model = WithUncertainty(model, LearnedUncertainty(seed=options.run.seed), process.schedule)
+            groups.append({"params": [*model.uncertainty.parameters()]})
+        optimizer = torch.optim.Adam(groups, lr=options.optimizer.learning_rate)
         schedule = get_scheduler(
             options.optimizer.lr_scheduler,
             optimizer,
@@ -128,12 +154,22 @@ class Trainer:
         labels = torch.where(drop < self.options.model.class_dropout, self.options.model.num_classes, labels)
         return images, noise, labels
 
-    def losses(self, images: Tensor, noise: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the unweighted loss of each sample, and its log-SNR."""
+    def draw_timesteps(self, passes: range) -> list[snrweights.Draw]:
+        """Draw the timesteps of all forward passes of a step, and let a weight that is centred on them know."""
+        batch_size, device = self.options.optimizer.train_batch_size, self.accelerator.device
+        drawn = [self.sampler.draw(batch_size, index=forward, device=device) for forward in passes]
+        if self.center_ahead:
+            self.weight.center_on(torch.cat([t for t, _ in drawn]))
+        return drawn
+
+    def losses(self, images: Tensor, noise: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the unweighted loss of each sample, its log-SNR, and the learnt uncertainty there, if any."""
         log_snr = self.process.schedule.log_snr(t)
         x, target = self.process.noisy_and_target(images, noise, log_snr)
         classes = {"class_labels": labels} if self.options.model.num_classes else {}
-        return snrweights.per_sample_mse(self.model(x, t, **classes), target), log_snr
+        output = self.model(x, t, **classes)
+        prediction, u = output if self.options.weight.learned_uncertainty else (output, None)
+        return snrweights.per_sample_mse(prediction, target), log_snr, u
 
     def step(self, step: int, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
         """Make optimizer step number ``step``, from 1; return the weighted loss, on the device."""
@@ -141,20 +177,20 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         total = torch.zeros((), device=device)
-        for forward in range((step - 1) * accumulate, step * accumulate):
+        passes = range((step - 1) * accumulate, step * accumulate)
+        for forward, (t, factor) in zip(passes, self.draw_timesteps(passes), strict=True):
             images, labels = (part.to(device, non_blocking=True) for part in next(batches))
             if self.options.model.dropout:
                 torch.manual_seed(seed_of(self.options.run.seed, DROPOUT, forward, self.accelerator.process_index))
             with self.accelerator.accumulate(self.model):
                 images, noise, labels = self.draw(images, labels, forward)
-                t, factor = self.sampler.draw(len(images), index=forward, device=device)
-                losses, log_snr = self.losses(images, noise, t, labels)
-                weight = self.weight(t)
+                losses, log_snr, u = self.losses(images, noise, t, labels)
                 self.tracker.update(losses, log_snr, prediction_type=self.process.prediction_type)
+                weight = self.weight(t, losses.detach())
                 self.sampler.update(t, losses.detach(), weight=weight)
-                loss = (factor * weight * losses).mean()
-                self.accelerator.backward(loss)
-                total += loss.detach() / accumulate
+                losses = weight * losses
+                total += (factor * losses.detach()).mean() / accumulate
+                self.accelerator.backward((factor * (losses if u is None else with_uncertainty(losses, u))).mean())
                 if self.accelerator.sync_gradients:
                     self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.optimizer.max_grad_norm)
                 self.optimizer.step()
@@ -182,7 +218,7 @@ class Trainer:
         self.model.eval()
         for batch in parts:
             images, noise, u, labels = (part.to(self.accelerator.device) for part in batch)
-            losses, log_snr = self.losses(images, noise, self.process.timesteps(u), labels)
+            losses, log_snr, _ = self.losses(images, noise, self.process.timesteps(u), labels)
             tracker.update(losses, log_snr, prediction_type=self.process.prediction_type)
         self.model.train()
         if isinstance(self.model, FSDPModule):
@@ -201,10 +237,11 @@ class Trainer:
         self.sampler.sync()
         tracked = {f"tracker.{name}": value for name, value in self.tracker.state_dict().items()}
         tracked |= {f"sampler.{name}": value for name, value in self.sampler.state_dict().items()}
+        weight = {f"weight.{name}": value for name, value in self.weight.state_dict().items()}
         scaler = self.accelerator.scaler
         scale = {f"scaler.{key}": torch.tensor(value) for key, value in (scaler.state_dict() if scaler else {}).items()}
         learnt = model_and_optimizer_state(self.model, self.optimizer.optimizer)
-        return {**learnt, **averages, **tracked, **scale, "running": self.accelerator.reduce(running, "mean")}
+        return {**learnt, **averages, **tracked, **weight, **scale, "running": self.accelerator.reduce(running, "mean")}
 
     def restore(self, step: int, state: dict[str, Tensor]) -> Tensor:
         """Take over the state of a checkpoint; return the running loss."""
@@ -217,18 +254,29 @@ class Trainer:
             copy_whole(value, state[f"ema.{i}"])
         self.tracker.load_state_dict(_under("tracker.", state))
         self.sampler.load_state_dict(_under("sampler.", state))
+        self.weight.load_state_dict(_under("weight.", state))
         return state["running"].to(self.accelerator.device)
 
     def save_model(self, folder: Path) -> None:
-        """Save the averaged weights as a pipeline; every process calls it."""
+        """Save the averaged weights as a pipeline, and the uncertainty beside it; every process calls it."""
         self.ema.copy_to(self.model.parameters())
         weights = self.accelerator.get_state_dict(self.model)
         if self.accelerator.is_main_process:
             unet = make_model(self.options)
-            unet.load_state_dict({name.split("model.", 1)[1]: value for name, value in weights.items()})
+            unet.load_state_dict(_below("model.", weights))
             DDPMPipeline(unet, self.process.scheduler).save_pretrained(folder)
+            if self.options.weight.learned_uncertainty:
+                uncertainty = LearnedUncertainty(seed=self.options.run.seed)
+                uncertainty.load_state_dict(_below("uncertainty.", weights))
+                uncertainty.save(folder.parent / UNCERTAINTY)
         self.accelerator.wait_for_everyone()
 
 
 def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the part of a state under a prefix."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the part of a state below a prefix, whatever wrappers put before it."""
+    return {name.split(prefix, 1)[1]: value for name, value in state.items() if prefix in name}

@@ -25,7 +25,7 @@ from snrweights.integrations.redrawing import Redrawing, check_noising, sampler_
 from torch import nn
 
 from snrweights.densities import Density
-from snrweights.losses import Method
+from snrweights.losses import Method, check_depends_on_t_alone
 from snrweights.samplers import TimestepSampler
 from snrweights.tracking import LossVarianceTracker
 from snrweights.weightings.base import Normalize, get_weighting
@@ -99,7 +99,8 @@ def attach(
     Raises:
         TypeError: a model or scheduler that is refused or not known, with the reason; with ``sampler`` also one whose
             loops do not noise by ``add_noise``.
-        ValueError: a bad argument, an infinite weight, or a model that is weighted already.
+        ValueError: a bad argument, an infinite weight, one that depends on the batch, or a model that is weighted
+            already.
         DoubleWeightingError: from ``backward``, in the first steps. With ``sampler`` the model raises ValueError in
             them where it is not given the timesteps that ``add_noise`` was.
 
@@ -125,7 +126,7 @@ def attach(
     adapter = choose_adapter(target, timestep, force)
     live = LiveWeighting(
         scheduler,
-        None if method is None else get_weighting(method, **hp),
+        None if method is None else check_depends_on_t_alone(get_weighting(method, **hp)),
         adapter.schedule,
         prediction_type=prediction_type,
         density=density,

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from snrweights.densities import DENSITIES
 from snrweights.importance import RULES
+from snrweights.losses import check_depends_on_t_alone
 from snrweights.predictions import PREDICTION_TYPES
 from snrweights.settings import parse_settings
 from snrweights.version import __version__
@@ -114,7 +115,7 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
             if getattr(arguments, name):
                 raise ValueError(f"`--{name.replace('_', '-')}` goes with a method, and `--method` is none.")
     else:
-        get_weighting(arguments.method, **settings)
+        check_depends_on_t_alone(get_weighting(arguments.method, **settings))
         if arguments.clamp_max is not None and not 0 < arguments.clamp_max < math.inf:
             raise ValueError(f"`--clamp-max` must be > 0, got {arguments.clamp_max}.")
     if arguments.method != "none" or arguments.sampler:

@@ -13,7 +13,8 @@ from snrweights.losses import same_state, state_of
 from snrweights.predictions import LIMIT, convert_log_weight
 from snrweights.schedulers import as_schedule
 from snrweights.schedules import DiscreteSchedule, EDMSchedule, Schedule
-from snrweights.weightings.base import BoundWeighting, Weighting
+from snrweights.weightings.base import Weighting
+from snrweights.weightings.bound import BoundWeighting
 
 
 class LiveWeighting:

@@ -19,15 +19,16 @@ from snrweights.samplers import Draw, TimestepSampler
 from snrweights.schedulers import as_schedule
 from snrweights.schedules import CosineSchedule, DiscreteSchedule, EDMSchedule, FlowSchedule
 from snrweights.tracking import LossVarianceTracker
+from snrweights.uncertainty import LearnedUncertainty
 from snrweights.version import __version__
 from snrweights.weightings.base import (
-    BoundWeighting,
     Weighting,
     get_weighting,
     hyper,
     list_weightings,
     register_weighting,
 )
+from snrweights.weightings.bound import BoundWeighting
 from snrweights.weightings.clipped import Match, match
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ __all__ = [
     "Finding",
     "FlowSchedule",
     "ImportanceSampler",
+    "LearnedUncertainty",
     "LossVarianceTracker",
     "Match",
     "Objective",

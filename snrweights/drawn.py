@@ -133,6 +133,22 @@ def as_density(density: Density | str | None, schedule: Schedule) -> Density:
     raise TypeError(f"`density` must be a Density, a name in {list(DENSITIES)} or None, got {type(density).__name__}.")
 
 
+def log_snr_moments(density: Density) -> tuple[float, float]:
+    """Return mean and standard deviation of log-SNR over the draws at finite log-SNR; not finite if there is none.
+
+    Example:
+        >>> tuple(round(value, 9) for value in log_snr_moments(log_normal_sigma()))
+        (2.4, 2.4)
+    """
+
+    def finite(function: Callable[[Tensor], Tensor]) -> float:
+        return mean_under(density, lambda log_snr: torch.where(log_snr.isfinite(), function(log_snr), 0.0))
+
+    share = finite(torch.ones_like)
+    mean, square = finite(torch.clone) / share, finite(torch.square) / share
+    return mean, math.sqrt(square - mean**2) if math.isfinite(square) else square
+
+
 def mean_under(density: Density, function: Callable[[Tensor], Tensor]) -> float:
     """Return the mean of a function of log-SNR under the density; inf where the integral does not converge.
 

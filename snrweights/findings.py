@@ -12,10 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from snrweights.drawn import mean_under
+from snrweights.drawn import log_snr_moments, mean_under
 from snrweights.objective import Objective, objective
 from snrweights.schedules import CosineSchedule, FlowSchedule, Schedule, lookup
-from snrweights.weightings.base import WeightCurve, Weighting
+from snrweights.weightings.base import Weighting
+from snrweights.weightings.bound import WeightCurve
 
 Severity = Literal["error", "warning", "note"]
 
@@ -30,6 +31,7 @@ WEIGHT_FLAGS = (
 )
 
 _PURE_NOISE = -16.0  # log-SNR, below which float32 images hold nothing but noise
+_SMALL_BATCH = 16  # samples, whose mean strays by a quarter of their standard deviation
 _STAND_IN = -24 * math.log(2)  # diffusers ends some zero-SNR tables with 2**-24
 
 
@@ -289,17 +291,34 @@ def _prior_preservation(c: Configuration) -> Iterator[Finding]:
 
 @_check
 def _micro_batches(c: Configuration) -> Iterator[Finding]:
-    if c.weighting.batch_dependent and (c.accumulation > 1 or c.batch_size == 1):
-        size = "" if c.batch_size is None else f" of {c.batch_size}"
-        yield Finding(
-            "micro-batches",
-            "warning",
-            f"{c.weighting!r} depends on the other samples of its micro-batch{size}, and an optimizer step has "
-            f"{c.accumulation} of those: it is not the weight of the whole batch"
-            + (", and with one sample no weight at all." if c.batch_size == 1 else "."),
-            "use larger micro-batches, or a centre that does not depend on the batch",
-            {"batch_size": c.batch_size, "accumulation": c.accumulation},
+    small = c.batch_size is not None and c.batch_size < _SMALL_BATCH
+    if not c.weighting.batch_dependent or c.weighting.averaged_over_steps or not (small or c.accumulation > 1):
+        return
+    size = "" if c.batch_size is None else f" of {c.batch_size}"
+    figures: dict[str, Any] = {"batch_size": c.batch_size, "accumulation": c.accumulation}
+    message = f"{c.weighting!r} compares a sample with the others in its micro-batch{size}"
+    if c.accumulation > 1:
+        message += f", and an optimizer step has {c.accumulation} of those: it is not the weight of the whole batch"
+    if c.batch_size == 1:
+        message += ". One sample is its own mean: there is nothing to compare, and no weight of its own."
+    elif c.batch_size is not None:
+        own, step = 1 / math.sqrt(c.batch_size), 1 / math.sqrt(c.batch_size * c.accumulation)
+        _, spread = log_snr_moments(c.curve.density)
+        figures |= {"stray": own, "stray_of_step": step, "stray_in_log_snr": own * spread}
+        message += (
+            f". The mean of {c.batch_size} samples strays from batch to batch by {100 * own:.0f} % of their standard "
+            f"deviation (±{own * spread:.2g} for the mean log-SNR)"
+            + (f"; that of the step by {100 * step:.0f} %." if c.accumulation > 1 else ".")
         )
+    else:
+        message += f", but of means that stray √{c.accumulation} = {math.sqrt(c.accumulation):.2g} times as far."
+    yield Finding(
+        "micro-batches",
+        "warning",
+        message,
+        'use larger micro-batches, `center_on` in your own loop, or `center="fixed"`, which no batch moves',
+        figures,
+    )
 
 
 @_check

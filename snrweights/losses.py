@@ -11,7 +11,8 @@ from torch import Tensor
 
 from snrweights.densities import Density
 from snrweights.schedules import DiscreteSchedule
-from snrweights.weightings.base import BoundWeighting, Normalize, Weighting, get_weighting
+from snrweights.weightings.base import Normalize, Weighting, get_weighting
+from snrweights.weightings.bound import BoundWeighting
 
 Method = str | Weighting | Callable[[Tensor], Tensor]
 
@@ -54,7 +55,8 @@ def loss_weight(
         Weights of shape (B,), or () for a single t.
 
     Raises:
-        ValueError: a bad argument, NaN or a value outside the schedule in a float t, an infinite weight.
+        ValueError: a bad argument, NaN or a value outside the schedule in a float t, an infinite weight, or a weighting
+            that depends on the batch, which is to be bound.
         IndexError: t outside a discrete schedule.
         TypeError: t is not a tensor or number, or the schedule cannot be read.
 
@@ -74,7 +76,7 @@ def loss_weight(
         raise TypeError(f"`method`, `density` and hyperparameters must be hashable, got {key[1:]}.") from None
     state = state_of(schedule)
     if entry is None or not same_state(entry[1], state):
-        bound = get_weighting(method, **hp).bind(
+        bound = check_depends_on_t_alone(get_weighting(method, **hp)).bind(
             schedule,
             prediction_type=prediction_type,
             density=density,
@@ -90,6 +92,16 @@ def loss_weight(
     if t.is_floating_point() or not isinstance(bound.schedule, DiscreteSchedule):
         bound.schedule.check(t)
     return bound(t)
+
+
+def check_depends_on_t_alone(weighting: Weighting) -> Weighting:
+    """Return the weighting, or raise a ValueError if a sample's weight depends on the others in its batch."""
+    if weighting.batch_dependent:
+        raise ValueError(
+            f"{weighting!r} gives weights that depend on the batch, not on the timestep alone: bind it, "
+            "`bound = get_weighting(...).bind(...)`, and call `bound(t, loss)` in the loop; or give `center='fixed'`."
+        )
+    return weighting
 
 
 def _as_timesteps(t: Tensor | int | float) -> Tensor:

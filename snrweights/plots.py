@@ -17,7 +17,9 @@ from snrweights.doctor import Diagnosis
 from snrweights.objective import objective
 from snrweights.schedulers import as_schedule
 from snrweights.statistics import LossStatistics
-from snrweights.weightings.base import WeightCurve, Weighting, get_weighting
+from snrweights.uncertainty import LearnedUncertainty
+from snrweights.weightings.base import Weighting, get_weighting
+from snrweights.weightings.bound import WeightCurve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -289,4 +291,79 @@ def plot_weighted_loss(statistics: LossStatistics, curve: WeightCurve) -> Figure
         ax.set_yscale("log")
         _finish(ax, title, "loss" if factor is not weight else "")
     axes[0].legend(frameon=False, fontsize=9)
+    return figure
+
+
+def plot_variance(runs: Mapping[str, tuple[LossStatistics, WeightCurve]]) -> Figure:
+    """Draw the variance of the loss over log-SNR for several runs: unweighted for all, and beside it each weighted.
+
+    A weight changes the variance of the weighted loss by its square whatever the model has learnt. What training under
+    it did to the model is in the unweighted losses alone.
+
+    Args:
+        runs: label -> statistics of a tracker, and the weight that the run had; the unweighted loss is on the target
+            of the weight, the weights are scaled to mean 1 over the losses seen.
+
+    Raises:
+        ValueError: no run.
+
+    Example:
+        >>> from snrweights.tracking import LossVarianceTracker
+        >>> tracker = LossVarianceTracker(unit="epsilon")
+        >>> tracker.update(torch.tensor([0.1, 0.2]).repeat(9), torch.tensor([0.0, 0.0]).repeat(9))
+        >>> curve = get_weighting("alsr").curve("edm", prediction_type="edm")
+        >>> [ax.get_title() for ax in plot_variance({"alsr": (tracker.compute(), curve)}).axes]
+        ['unweighted', 'weighted']
+    """
+    if not runs:
+        raise ValueError("`runs` is empty; give at least one.")
+    figure = _figure(2)
+    axes = figure.subplots(1, 2, sharey=True)
+    for i, (label, (statistics, curve)) in enumerate(runs.items()):
+        seen = statistics.count >= _FEW
+        centres = ((statistics.edges[1:] + statistics.edges[:-1]) / 2)[seen]
+        loss = (curve.log_weight(centres, statistics.unit) - curve.log_weight(centres)).exp()
+        weight = curve(centres)
+        weight = weight * statistics.count[seen].sum() / (weight * statistics.count[seen]).sum()
+        style: dict[str, Any] = {"color": _COLOURS[i % len(_COLOURS)], "ls": _STYLES[i % len(_STYLES)], "label": label}
+        for ax, factor in zip(axes, (loss, loss * weight), strict=True):
+            ax.plot(centres, factor**2 * statistics.variance[seen], marker="o", ms=3, **style)
+    for ax, title in zip(axes, ("unweighted", "weighted"), strict=True):
+        ax.set_yscale("log")
+        _finish(ax, title, "variance of the loss" if title == "unweighted" else "")
+    axes[0].legend(frameon=False, fontsize=9)
+    return figure
+
+
+@torch.no_grad()
+def plot_uncertainty(
+    uncertainty: LearnedUncertainty,
+    statistics: LossStatistics | None = None,
+    curve: WeightCurve | None = None,
+) -> Figure:
+    """Draw exp(u), the loss that is expected at a noise level, over log-SNR, beside the mean that was tracked.
+
+    Args:
+        uncertainty: as learnt.
+        statistics: of a tracker; the curve is drawn over the noise levels that it saw.
+        curve: the weight of the losses, if those tracked are unweighted.
+
+    Example:
+        >>> len(plot_uncertainty(LearnedUncertainty()).axes[0].lines)
+        1
+    """
+    figure = _figure(1)
+    ax = figure.subplots()
+    low, high = -12.0, 12.0
+    if statistics is not None and statistics.count.any():
+        seen = statistics.count > 0
+        centres = ((statistics.edges[1:] + statistics.edges[:-1]) / 2)[seen]
+        low, high = float(centres[0]), float(centres[-1])
+        weight = curve.log_weight(centres, statistics.unit).exp() if curve is not None else 1.0
+        ax.plot(centres, weight * statistics.mean[seen], "o", ms=4, color=_COLOURS[1], label="mean loss, tracked")
+    log_snr = torch.linspace(low, high, 401)
+    ax.plot(log_snr, uncertainty.cpu()(log_snr).exp(), color=_COLOURS[0], label="learnt, exp(u)")
+    ax.set_yscale("log")
+    ax.legend(frameon=False, fontsize=9)
+    _finish(ax, "learnt uncertainty by noise level", "weighted loss")
     return figure

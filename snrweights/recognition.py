@@ -176,7 +176,11 @@ def _fit(
         worst = _deviation(residual)
         return (worst if worst == worst else math.inf), float((difference - residual).median())
 
-    numbers = [name for name, value in weighting.hyperparameters().items() if isinstance(value, float)]
+    numbers = [
+        field.name
+        for field in dataclasses.fields(weighting)  # type: ignore[arg-type]
+        if isinstance(field.default, float) and field.metadata.get("in_curve", True)
+    ]
     try:
         fits = [_search(weighting, name, compare) for name in numbers] or [weighting]
         best = min(fits, key=lambda fit: compare(fit)[0])

@@ -29,7 +29,7 @@ def test_density_times_weight_on_edms_network_is_the_logistic_density(v, density
 @pytest.mark.parametrize("v", VARIANCES)
 def test_the_density_that_it_asks_for_makes_that_weight_one(v):
     schedule = EDMSchedule(sigma_data=v**0.5)
-    auto = get_weighting("auto").for_schedule(schedule)
+    auto = get_weighting("auto").for_draws(schedule, FlowUniform())
     density = auto.own_density("edm")
     assert density.loc == pytest.approx(-math.log(v), rel=1e-14)
     assert density.scale == 1
@@ -130,7 +130,7 @@ def test_a_variance_that_is_none_is_refused(value):
 
 def test_a_given_number_goes_before_that_of_the_schedule():
     schedule = EDMSchedule(sigma_data=0.5)
-    assert get_weighting("auto").for_schedule(schedule).data_variance == 0.25
+    assert get_weighting("auto").for_draws(schedule, FlowUniform()).data_variance == 0.25
     given = get_weighting("auto", data_variance=3.0)
-    assert given.for_schedule(schedule) is given
+    assert given.for_draws(schedule, FlowUniform()) is given
     assert dataclasses.asdict(get_weighting("auto")) == {"data_variance": None}

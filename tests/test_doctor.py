@@ -4,9 +4,7 @@ import json
 import math
 import re
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
@@ -23,7 +21,6 @@ from snrweights.cli import main
 from snrweights.doctor import doctor
 from snrweights.findings import CHECKS, WEIGHT_FLAGS
 from snrweights.plots import plot_diagnosis
-from snrweights.weightings.base import Weighting, hyper
 
 
 def find(name, *arguments, **options):
@@ -144,25 +141,31 @@ def test_prior_preservation_is_found():
     assert find("prior-preservation", "linear", "min_snr", prediction_type="epsilon") is None
 
 
-@dataclass(frozen=True)
-class Centred(Weighting):
-    scale: float = hyper(1.0)
-    name: ClassVar[str] = "centred"
-    target: ClassVar[str] = "epsilon"
-    formula: ClassVar[str] = "depends on the batch"
-    source: ClassVar[str] = "this test"
-    batch_dependent: ClassVar[bool] = True
-
-    def log_weight(self, log_snr):
-        return torch.zeros_like(log_snr)
-
-
 def test_micro_batches_matter_to_a_weight_of_the_batch():
-    options = {"prediction_type": "epsilon"}
-    assert find("micro-batches", "linear", Centred(), accumulation=8, batch_size=4, **options)
-    assert "no weight at all" in find("micro-batches", "linear", Centred(), batch_size=1, **options).message
-    assert find("micro-batches", "linear", Centred(), batch_size=8, **options) is None
-    assert find("micro-batches", "linear", "min_snr", accumulation=8, batch_size=1, **options) is None
+    def micro_batches(center="batch", **options):
+        return find("micro-batches", "edm", "alsr", prediction_type="edm", center=center, **options)
+
+    found = micro_batches(accumulation=4, batch_size=16)
+    assert found.severity == "warning"
+    assert found.figures == pytest.approx(
+        {"batch_size": 16, "accumulation": 4, "stray": 1 / 4, "stray_of_step": 1 / 8, "stray_in_log_snr": 2.4 / 4}
+    )
+    assert "±0.6 " in found.message
+    assert "4 of those" in found.message
+    assert 'center="fixed"' in found.remedy
+    assert "no weight" in micro_batches(batch_size=1).message
+    assert micro_batches(batch_size=15).figures["stray"] == pytest.approx(15**-0.5)
+    assert "√9 = 3 times" in micro_batches(accumulation=9).message
+    assert micro_batches(batch_size=16) is None
+    assert micro_batches("fixed", batch_size=1, accumulation=8) is None
+    assert micro_batches("ema", batch_size=1, accumulation=8) is None
+    assert find("micro-batches", "linear", "min_snr", prediction_type="epsilon", accumulation=8, batch_size=1) is None
+    zero = DDPMScheduler(rescale_betas_zero_snr=True)  # its last timestep is at no finite log-SNR
+    options = {"prediction_type": "v_prediction", "batch_size": 4}
+    figures = find("micro-batches", zero, "alsr", center="batch", **options).figures
+    log_snr = snrweights.as_schedule(zero).log_snr_table
+    log_snr = log_snr[log_snr.isfinite()]
+    assert figures["stray_in_log_snr"] == pytest.approx(float(log_snr.std(correction=0)) / 2)
 
 
 def test_a_shift_that_moves_the_objective_is_found_with_how_far():

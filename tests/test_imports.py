@@ -13,10 +13,14 @@ PACKAGE = Path(snrweights.__file__).parent
 # a module imports from lower floors only; a new module must be given one
 FLOORS = [
     {"measure", "schedules", "predictions", "seeds", "settings", "version"},
-    {"schedulers", "densities", "process", "statistics", "tracker_state"},
+    {"schedulers", "densities", "process", "statistics", "tracker_state", "uncertainty"},
     {"drawn", "tracking", "uniforms"},
-    {"quantiles", "history", "weightings.base"},
-    {"weightings.classic", "weightings.clipped", "weightings.objectives", "weightings.parity"},
+    {"quantiles", "history", "weightings.bound"},
+    {"weightings.base"},
+    {
+        *("weightings.adaptive", "weightings.classic", "weightings.clipped", "weightings.objectives"),
+        "weightings.parity",
+    },
     {"weightings"},
     {"losses", "samplers"},
     {"importance", "objective", "recognition"},

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from snrweights import LossVarianceTracker, get_weighting, objective
-from snrweights.plots import plot_loss_by_noise, plot_weights, save
+from snrweights.plots import plot_loss_by_noise, plot_variance, plot_weights, save
 
 EPSILON = {"prediction_type": "epsilon"}
 
@@ -58,3 +58,21 @@ def test_the_suffix_says_the_format(tmp_path):
 def test_no_method_is_an_error():
     with pytest.raises(ValueError, match="`methods` is empty; give at least one"):
         plot_weights("linear", [], **EPSILON)
+
+
+def test_the_variance_is_that_of_the_loss_and_of_the_weighted_loss():
+    tracker = LossVarianceTracker(bins=4, low=-4, high=4, unit="epsilon")
+    for centre, size in ((-1.0, 2.0), (3.0, 0.5)):
+        tracker.update(size * torch.tensor([1.0, 3.0]).repeat(20), torch.full((40,), centre))
+    tracker.update(torch.ones(3), torch.full((3,), 1.0))  # too few to have a variance
+    curve = get_weighting("alsr").curve("edm", prediction_type="edm")
+    left, right = plot_variance({"alsr": (tracker.compute(), curve)}).axes
+    at = torch.tensor([-1.0, 3.0], dtype=torch.float64)
+    variance = torch.tensor([4.0, 0.25]) * (at.exp() / (at.exp() + 4)) ** -2  # of F: R_F / R_eps = (SNR + 4) / SNR
+    weight = 1 / (1 + 0.05 * (at - 2.4) ** 2)
+    for ax, expected in ((left, variance), (right, variance * (weight / weight.mean()) ** 2)):
+        x, y = lines(ax)["alsr"]
+        assert x.tolist() == [-1, 3]
+        torch.testing.assert_close(y, expected, rtol=1e-9, atol=0)
+    with pytest.raises(ValueError, match="`runs` is empty; give at least one"):
+        plot_variance({})

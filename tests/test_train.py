@@ -11,7 +11,7 @@ import yaml
 from diffusers import DDPMPipeline, UNet2DModel
 from PIL import Image
 from snrweights.integrations.config import load_preset
-from training import EXAMPLES, TINY, main
+from training import EXAMPLES, TINY, assert_bit_equal, final_state, main
 
 import snrweights
 from snrweights import get_weighting
@@ -19,6 +19,7 @@ from snrweights import get_weighting
 pytestmark = pytest.mark.slow
 SCRIPT = EXAMPLES / "train.py"
 QUICK = ["--max-steps", "3", "--logging-steps", "2", "--num-samples", "6", "--num-inference-steps", "2"]
+MEASURED = ["--process", "edm", "--time-density", "log_normal", "--method", "alsr", "--set"]
 PRESETS = sorted(path.stem for path in (EXAMPLES / "configs").glob("digits*.yaml"))
 
 
@@ -53,7 +54,7 @@ def test_launched_without_a_flag_it_says_where_everything_is(run):
 def test_configuration_and_metrics(run):
     config = yaml.safe_load((run[0] / "config.yaml").read_text())
     expected = {"method": "smoothed_kl", "set": ["tau=0.2"], "normalize": "mean", "clamp_max": None}
-    assert config["weight"] == expected
+    assert config["weight"] == {**expected, "learned_uncertainty": False}
     lines = [json.loads(line) for line in (run[0] / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if "loss" in line]
     assert [line["step"] for line in trained] == [2, 3]
@@ -159,6 +160,11 @@ def test_a_conditional_model_is_given_the_classes(tmp_path):
         (["--features", "inception"], ModuleNotFoundError, r"pip install 'snrweights\[fid\]'"),
         (["--num-classes", "3"], ValueError, r"outside \[0, 3\): set `num_classes`"),
         (["--resume", "nowhere"], RuntimeError, "nowhere cannot be used"),
+        (
+            [*MEASURED, "form=loss_zscore", "center=batch", "--gradient-accumulation-steps", "2"],
+            SystemExit,
+            "compares the losses of a whole step.*center=ema",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path, monkeypatch, argv, error, said):
@@ -189,26 +195,102 @@ def test_presets_are_complete():
         assert load_preset(Options, path.parent, path.stem).preset == path.stem
 
 
-@pytest.mark.parametrize("draws", ["independent", "antithetic", "stratified"])
-def test_draws_do_not_depend_on_the_number_of_processes(draws):
+@pytest.mark.parametrize("form", ["cauchy", "loss_zscore"])
+def test_a_measured_centre_is_resumed_bit_equal(tmp_path, form):
+    argv = [*TINY, *QUICK, "--gradient-accumulation-steps", "2", "--checkpointing-steps", "2"]
+    argv += [*MEASURED, f"form={form}", "center=ema"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    main([*argv, "--output-dir", str(first)])
+    (second / "checkpoints").mkdir(parents=True)
+    (second / "checkpoints" / "step-00000002").symlink_to(first / "checkpoints" / "step-00000002")
+    main([*argv, "--output-dir", str(second), "--resume", "latest"])
+    state = final_state(first, 3)
+    assert_bit_equal(state, final_state(second, 3))
+    # of 4 samples a pass, 2 passes a step: timesteps fade by step, losses by pass
+    batches = [8] * 3 if form == "cauchy" else [4] * 6
+    assert state["weight.sums"][0].item() == pytest.approx(sum(n * 0.99**i for i, n in enumerate(batches)))
+
+
+def test_the_variance_of_runs_is_drawn_from_their_folders(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import variance_by_noise
+
+    figure = tmp_path / "variance.png"
+    monkeypatch.setattr(sys, "argv", ["variance_by_noise.py", str(run[0]), str(run[0]), "-o", str(figure)])
+    variance_by_noise.main()
+    assert str(figure) in capsys.readouterr().out
+    assert figure.stat().st_size > 10_000
+    statistics, curve = variance_by_noise.read(run[0])
+    assert statistics.count.sum() == 3 * 64  # no snapshot before half of the run
+    assert repr(curve.weighting) == "SmoothedKL(tau=0.2, coords='vp')"
+    assert curve.mean() == pytest.approx(1)
+
+
+def stub_trainer(options):
     sys.path.insert(0, str(EXAMPLES))
     import train
 
-    class Process:
-        device = torch.device("cpu")
+    trainer = object.__new__(train.Trainer)
+    trainer.options, trainer.process, trainer.accumulation = (
+        options,
+        train.PROCESSES[options.process.process](options.process),
+        1,
+    )
+    return trainer
 
-        def __init__(self, rank, world):
-            self.process_index, self.num_processes = rank, world
 
-    options = train.Options()
+class OneOf:
+    """In an Accelerator's place: one of so many processes."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, rank, world):
+        self.process_index, self.num_processes = rank, world
+
+
+def options_of_train():
+    sys.path.insert(0, str(EXAMPLES))
+    from options import Options
+
+    return Options()
+
+
+def test_micro_batches_of_a_step_have_the_weights_of_one_batch():
+    options = options_of_train()
+    options.process.process, options.process.time_density = "edm", "log_normal"
+    options.optimizer.train_batch_size = 4
+    trainer = stub_trainer(options)
+    schedule, weighting = trainer.process.schedule, get_weighting("alsr", center="batch")
+    trainer.accumulation = 3
+
+    def bound():
+        return weighting.bind(schedule, prediction_type="edm")
+
+    def drawn(rank):
+        trainer.accelerator = OneOf(rank, 2)
+        trainer.sampler = trainer.make_sampler(weighting)
+        return trainer.draw_timesteps(range(6, 9))
+
+    sums = []
+    for rank in (0, 1, 0, 1):  # the first two for their sums alone
+        trainer.weight, trainer.center_ahead = bound(), True
+        trainer.weight.reduce = (lambda own: sums.append(own) or own) if len(sums) < 2 else (lambda own: sum(sums))
+        t = [part.t for part in drawn(rank)]
+        weights = torch.cat([trainer.weight(part) for part in t])
+    everywhere = torch.cat([*(part.t for part in drawn(0)), *t])
+    torch.testing.assert_close(weights, bound()(everywhere)[12:], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("draws", ["independent", "antithetic", "stratified"])
+def test_draws_do_not_depend_on_the_number_of_processes(draws):
+    options = options_of_train()
     options.data.random_flip = True
-    trainer, weighting = object.__new__(train.Trainer), get_weighting("min_snr")
-    trainer.options, trainer.process, trainer.accumulation = options, train.PROCESSES["discrete"](options.process), 1
+    trainer, weighting = stub_trainer(options), get_weighting("min_snr")
     images, labels = torch.randn(8, 1, 4, 4), torch.arange(8)
     options.sampler.draws = draws
 
     def drawn(rank, world):
-        trainer.accelerator = Process(rank, world)
+        trainer.accelerator = OneOf(rank, world)
         here = slice(8 // world * rank, 8 // world * (rank + 1))
         sampler = trainer.make_sampler(weighting)
         return *trainer.draw(images[here], labels[here], 5), *sampler.draw(8 // world, index=5)

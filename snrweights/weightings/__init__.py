@@ -1,3 +1,7 @@
 """The weightings: one class each, under one decorator."""
 
-from snrweights.weightings import classic, clipped, objectives  # noqa: F401  (registers them)
+# imported to register them, in the order of the table
+from snrweights.weightings import classic, clipped, objectives  # noqa: F401
+
+# isort: split
+from snrweights.weightings import adaptive  # noqa: F401

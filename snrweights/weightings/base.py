@@ -1,4 +1,4 @@
-"""What a weighting is, where weightings are registered, and how one is bound to a schedule."""
+"""What a weighting is, where weightings are registered, and how to get one."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from snrweights.densities import Density
-from snrweights.drawn import as_density, mean_under
-from snrweights.predictions import LIMIT, check_prediction_type, convert_log_weight
+from snrweights.drawn import as_density
+from snrweights.predictions import check_prediction_type
 from snrweights.schedulers import as_schedule
-from snrweights.schedules import DiscreteSchedule, Schedule, lookup
+from snrweights.schedules import Schedule
+from snrweights.weightings.bound import BoundWeighting, WeightCurve
 
 if TYPE_CHECKING:
     from typing_extensions import dataclass_transform
@@ -33,15 +34,25 @@ Normalize = Literal["mean"] | None
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def hyper(default: Any, *, above: float | None = None, choices: tuple[str, ...] | None = None) -> Any:
-    """Declare a hyperparameter of a weighting: a finite number (``> above`` if given), or one of ``choices``.
+def hyper(
+    default: Any,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    in_curve: bool = True,
+) -> Any:
+    """Declare a hyperparameter of a weighting: a finite number (``> above``, ``< below``), or one of ``choices``.
+
+    ``in_curve=False`` says that the weight as a function of log-SNR alone does not depend on it.
 
     Example:
         >>> get_weighting("min_snr", gamma=0)
         Traceback (most recent call last):
         ValueError: `MinSNR(gamma=...)` must be > 0, got 0.
     """
-    return dataclasses.field(default=default, metadata={"above": above, "choices": choices})
+    metadata = {"above": above, "below": below, "choices": choices, "in_curve": in_curve}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class Weighting(ABC):
@@ -56,7 +67,6 @@ class Weighting(ABC):
             or ``"objective"``, where it is w_KG and the weight is w_KG / p with p the density of the draws.
         formula: for people, in w_eps, w_x0 or w_KG.
         source: the paper.
-        batch_dependent: whether the weight of a sample depends on the others in its batch.
         rule: of ``ImportanceSampler``, by which timesteps are best drawn for it where it has no density of its own.
 
     Example:
@@ -69,7 +79,6 @@ class Weighting(ABC):
     formula: ClassVar[str]
     source: ClassVar[str]
     refuses_infinities: ClassVar[bool] = True
-    batch_dependent: ClassVar[bool] = False
     rule: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
@@ -80,15 +89,34 @@ class Weighting(ABC):
     def log_weight(self, log_snr: Tensor) -> Tensor:
         """Return the natural logarithm of the weight at ``log_snr`` (any shape, float64, finite), same shape."""
 
-    def for_schedule(self, schedule: Schedule) -> Weighting:
-        """Return the weighting with what depends on the schedule filled in; by default itself."""
-        del schedule
+    @property
+    def batch_dependent(self) -> bool:
+        """Whether the weight of a sample depends on the others in its batch."""
+        return False
+
+    @property
+    def needs_loss(self) -> bool:
+        """Whether it depends on their losses."""
+        return False
+
+    @property
+    def averaged_over_steps(self) -> bool:
+        """Whether what it depends on is averaged over many batches, so that the size of one matters little."""
+        return False
+
+    def for_draws(self, schedule: Schedule, density: Density) -> Weighting:
+        """Return the weighting with what the schedule or the density of the draws decides filled in; here itself."""
+        del schedule, density
         return self
 
     def own_density(self, prediction_type: str) -> Density | None:
         """Return the density that it asks log-SNR to be drawn from for a prediction type, or None."""
         del prediction_type
         return None
+
+    def bound_to(self, curve: WeightCurve, schedule: Schedule, weights: Tensor) -> BoundWeighting:
+        """Return what ``bind`` returns: the curve, checked, with its values on the schedule's grid."""
+        return BoundWeighting(curve, schedule, weights)
 
     @classmethod
     def hyperparameters(cls) -> dict[str, Any]:
@@ -110,9 +138,9 @@ class Weighting(ABC):
         _check_normalize(normalize)
         if clamp_max is not None and not (_is_number(clamp_max) and clamp_max > 0):
             raise ValueError(f"`clamp_max` must be > 0, got {clamp_max!r}.")
-        curve = WeightCurve(
-            self.for_schedule(schedule), prediction_type, as_density(density, schedule), schedule.sigma_data, clamp_max
-        )
+        density = as_density(density, schedule)
+        weighting = self.for_draws(schedule, density)
+        curve = WeightCurve(weighting, prediction_type, density, schedule.sigma_data, clamp_max)
         return curve.normalized() if normalize == "mean" else curve
 
     def bind(
@@ -164,112 +192,7 @@ class Weighting(ABC):
         weights = curve(log_snr).to(dtype)
         if self.refuses_infinities:
             _check_finite(curve, grid, weights)
-        return BoundWeighting(curve, schedule, weights)
-
-
-@dataclass(frozen=True)
-class WeightCurve:
-    """A weight over log-SNR for one prediction type, in float64: ``curve(log_snr) -> w``, same shape.
-
-    Exact at infinite log-SNR. ``mean`` is its average under the density.
-    """
-
-    weighting: Weighting
-    prediction_type: str
-    density: Density
-    sigma_data: float | None = None
-    clamp_max: float | None = None
-    scale: float = 1.0
-
-    def __call__(self, log_snr: Tensor) -> Tensor:
-        """Return the weight at ``log_snr``, any shape."""
-        return self.log_weight(log_snr).exp()
-
-    def log_weight(self, log_snr: Tensor, prediction_type: str | None = None) -> Tensor:
-        """Return the logarithm of the weight, as one on the MSE of another target if that is named."""
-        finite = log_snr.clamp(-LIMIT, LIMIT)
-        log_weight = self.weighting.log_weight(finite)
-        native = self.weighting.target
-        if native == "objective":
-            log_weight, native = log_weight - self.density.log_prob(finite), "epsilon"
-        if native != "native":
-            log_weight = convert_log_weight(log_weight, finite, native, self.prediction_type, self.sigma_data)
-        if self.clamp_max is not None:
-            log_weight = log_weight.clamp(max=math.log(self.clamp_max))
-        if self.scale != 1.0:
-            log_weight = log_weight + math.log(self.scale)
-        if prediction_type is None:
-            return log_weight
-        return convert_log_weight(log_weight, finite, self.prediction_type, prediction_type, self.sigma_data)
-
-    def mean(self) -> float:
-        """Return the average weight under the density; inf where the integral does not converge."""
-        return mean_under(self.density, self)
-
-    def normalized(self) -> WeightCurve:
-        """Return the curve scaled to mean 1 under the density."""
-        mean = self.mean()
-        if not 0 < mean < math.inf:
-            raise ValueError(
-                f"`normalize='mean'`: {self.weighting.name!r} for {self.prediction_type!r} averages {mean} under "
-                f"{self.density}; give `clamp_max=` or a density that the weight is integrable under."
-            )
-        return dataclasses.replace(self, scale=self.scale / mean)
-
-
-class BoundWeighting:
-    """A weighting bound to a schedule: ``bound(t)`` returns weights of t's shape; the hot path of a training loop.
-
-    Integer t on a discrete schedule is one gather from a table on t's device (copied there once); float t between two
-    timesteps interpolates the table; continuous schedules evaluate the formula. Nothing synchronises with the host.
-
-    Attributes:
-        curve: the weight as a function of log-SNR.
-        schedule: the schedule it was bound to.
-        dtype: of the weights returned.
-
-    Example:
-        >>> bound = get_weighting("snr_plus_one").bind("flow")
-        >>> bound(torch.tensor([0.5, 1.0]))  # 2 where SNR = 1; its limit, 1, at SNR = 0
-        tensor([0.5000, 1.0000])
-    """
-
-    def __init__(self, curve: WeightCurve, schedule: Schedule, weights: Tensor) -> None:
-        self.curve = curve
-        self.schedule = schedule
-        self.dtype = weights.dtype
-        self._discrete = isinstance(schedule, DiscreteSchedule)
-        self._table = {weights.device: weights}
-
-    def __repr__(self) -> str:
-        return (
-            f"BoundWeighting({self.curve.weighting!r}, prediction_type={self.curve.prediction_type!r}, "
-            f"schedule={type(self.schedule).__name__})"
-        )
-
-    def __call__(self, t: Tensor) -> Tensor:
-        """Return the weights of timesteps ``t``, shape (B,) or ().
-
-        A float ``t`` beyond the ends of a discrete schedule gets the weight of the end; ``loss_weight`` refuses it.
-
-        Raises:
-            IndexError: an integer ``t`` outside a discrete schedule (on an accelerator: a device assertion).
-            ValueError: ``t`` has more than one dimension.
-        """
-        if t.ndim > 1:
-            raise ValueError(f"`t` must have shape (B,) or (), got {tuple(t.shape)}.")
-        if not self._discrete:
-            return self.curve(self.schedule.log_snr(t)).to(self.dtype)
-        table = self._table.get(t.device)
-        if table is None:
-            table = self._table[t.device] = next(iter(self._table.values())).to(t.device)
-        if not t.is_floating_point():
-            try:
-                return lookup(table, t)
-            except IndexError:
-                self.schedule.check(t)
-                raise
-        return lookup(table, t)
+        return curve.weighting.bound_to(curve, schedule, weights)
 
 
 @dataclass(frozen=True)
@@ -390,7 +313,8 @@ def _is_number(value: object) -> bool:
 
 
 def _check_hyperparameter(owner: Weighting, field: dataclasses.Field[Any]) -> None:
-    value, above, choices = getattr(owner, field.name), field.metadata.get("above"), field.metadata.get("choices")
+    value, choices = getattr(owner, field.name), field.metadata.get("choices")
+    above, below = field.metadata.get("above"), field.metadata.get("below")
     what = f"`{type(owner).__name__}({field.name}=...)`"
     if choices is not None:
         if value not in choices:
@@ -402,6 +326,8 @@ def _check_hyperparameter(owner: Weighting, field: dataclasses.Field[Any]) -> No
         raise ValueError(f"{what} must be a finite number, got {value!r}.")
     if above is not None and not value > above:
         raise ValueError(f"{what} must be > {above:g}, got {value!r}.")
+    if below is not None and not value < below:
+        raise ValueError(f"{what} must be < {below:g}, got {value!r}.")
 
 
 def _check_finite(curve: WeightCurve, grid: Tensor, weights: Tensor) -> None:

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from snrweights.densities import Density
 from snrweights.predictions import log_error_ratio, softplus
 from snrweights.schedules import Schedule
 from snrweights.weightings.base import Weighting, hyper, register_weighting
@@ -149,8 +150,9 @@ class EDM(Weighting):
 
     sigma_data: float | None = hyper(None, above=0)
 
-    def for_schedule(self, schedule: Schedule) -> Weighting:
+    def for_draws(self, schedule: Schedule, density: Density) -> Weighting:
         """Fill in the schedule's sigma_data."""
+        del density
         return self if self.sigma_data is not None else dataclasses.replace(self, sigma_data=schedule.sigma_data or 0.5)
 
     def log_weight(self, log_snr: Tensor) -> Tensor:

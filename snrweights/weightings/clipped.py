@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snrweights.drawn import mean_under
+from snrweights.densities import Density
+from snrweights.drawn import as_density, mean_under
 from snrweights.predictions import log_error_ratio, softplus
 from snrweights.schedulers import as_schedule
 from snrweights.schedules import Schedule
@@ -112,8 +113,9 @@ class SmoothedKL(Weighting):
     tau: float = hyper(0.2, above=0)
     coords: str = hyper("vp", choices=("vp", "ve", "flow", "native"))
 
-    def for_schedule(self, schedule: Schedule) -> Weighting:
+    def for_draws(self, schedule: Schedule, density: Density) -> Weighting:
         """Fill in the schedule's coordinates for ``"native"``."""
+        del density
         return dataclasses.replace(self, coords=schedule.coords) if self.coords == "native" else self
 
     def log_weight(self, log_snr: Tensor) -> Tensor:
@@ -180,7 +182,7 @@ def match(method: str, *, to: str, schedule: Any, density: Any = None, **hp: Any
         raise ValueError(f"No cross-walk from {method!r} to {to!r}; choose one of {list(_CROSSWALKS)}.")
     schedule = as_schedule(schedule)
     walk, exact = _CROSSWALKS[method, to]
-    weighting = get_weighting(method, **hp).for_schedule(schedule)
+    weighting = get_weighting(method, **hp).for_draws(schedule, as_density(density, schedule))
     counterpart = build({to: type(get_weighting(to))}, to, walk(weighting))
     options = {"prediction_type": "epsilon", "density": density, "normalize": "mean"}
     first, second = weighting.curve(schedule, **options), counterpart.curve(schedule, **options)

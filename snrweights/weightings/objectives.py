@@ -91,12 +91,13 @@ class Auto(Weighting):
         "`snrweights.data_variance(data)`."
     )
 
-    def for_schedule(self, schedule: Schedule) -> Weighting:
+    def for_draws(self, schedule: Schedule, density: Density) -> Weighting:
         """Fill in sigma_data² of the schedule.
 
         Raises:
             ValueError: neither is known.
         """
+        del density
         if self.data_variance is not None:
             return self
         if schedule.sigma_data is None:

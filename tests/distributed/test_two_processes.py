@@ -88,6 +88,30 @@ def test_resumed_it_ends_bit_equal(both, tmp_path):
     torch.testing.assert_close(first["tracker.moments"], second["tracker.moments"], rtol=1e-12, atol=0)
 
 
+OF_THE_BATCH = ["--process", "edm", "--time-density", "log_normal", "--density-mean", "-1.2", "--density-std", "1.2"]
+OF_THE_BATCH += ["--method", "alsr", "--set", "center=batch", "--learned-uncertainty", "--lr-warmup-steps", "1"]
+OF_THE_BATCH += ["--max-steps", "2", "--num-samples", "2"]
+
+
+@pytest.fixture(scope="module")
+def one_of_the_batch(tmp_path_factory):
+    output = tmp_path_factory.mktemp("batch") / "run"
+    main([*COMMON, *OF_THE_BATCH, "--train-batch-size", "8", "--output-dir", str(output)])
+    return output
+
+
+@pytest.mark.parametrize("script", [(), (FSDP,)], ids=["ddp", "fsdp"])
+def test_centre_and_uncertainty_are_of_the_batches_of_both(one_of_the_batch, tmp_path, script):
+    two(tmp_path / "run", *OF_THE_BATCH, "--train-batch-size", "4", script=script)
+    first, second = (final_state(run, 2) for run in (one_of_the_batch, tmp_path / "run"))
+    torch.testing.assert_close(first["weight.sums"], second["weight.sums"], rtol=1e-9, atol=0)
+    losses = [[line["loss"] for line in log(run) if "loss" in line] for run in (one_of_the_batch, tmp_path / "run")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    learnt = [load_file(run / "uncertainty.safetensors")["weight"] for run in (one_of_the_batch, tmp_path / "run")]
+    assert learnt[0].abs().max() > 1e-4
+    torch.testing.assert_close(learnt[1], learnt[0], rtol=1e-4, atol=1e-6)
+
+
 def test_sampling_alone_gives_bit_equal_images_on_one_and_two_processes(one, tmp_path):
     """From one model the images do not depend on the number of processes at all."""
     resumed = tmp_path / "run"
