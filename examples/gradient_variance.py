@@ -26,7 +26,6 @@ from snrweights.integrations.data import ImageTensors, load_images
 from snrweights.integrations.files import write_text
 from snrweights.integrations.processes import PROCESSES
 from snrweights.integrations.results import save_results
-from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
 from trainer import make_model
@@ -205,7 +204,9 @@ def figure(case: Case, evidence: Evidence, rows: list[Row]) -> Figure:
     right.set_yticks(range(len(rows)), [f"{row.sampler}, {row.draws}" for row in rows], fontsize=9)
     right.invert_yaxis()
     right.axvline(1, color="black", lw=0.8)
-    right.set(title="variance of the parameters' gradient", xlabel="trace of the covariance, ratio (± 2 standard errors)")
+    right.set(
+        title="variance of the parameters' gradient", xlabel="trace of the covariance, ratio (± 2 standard errors)"
+    )
     right.legend(frameon=False, fontsize=9)
     for ax in (left, right):
         ax.grid(alpha=0.25)
