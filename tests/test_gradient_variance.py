@@ -1,4 +1,4 @@
-"""The study of the gradient's variance: its estimators against plain ones, and what it predicts against what it measures."""
+"""The study of the gradient's variance: its estimators against plain ones, its predictions against measurements."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ class Tiny(nn.Module):
         return self.last(self.first(torch.cat((x.flatten(1), time), 1)).tanh()).view_as(x)
 
 
-def tiny_case(method="elbo"):
+def tiny_case(method="flow"):
     process = DiscreteProcess("epsilon", "linear", 1000, False)
     weight = snrweights.get_weighting(method).bind(process.schedule, prediction_type="epsilon", normalize="mean")
     torch.manual_seed(0)
@@ -46,13 +46,13 @@ def studied():
     flags = ["--max-steps", "300", "--lr-warmup-steps", "20"]
     gradient_variance.train(case, parse_options(gradient_variance.Options, gradient_variance.PRESETS, "digits", flags))
     evidence = gradient_moments.collect(case, 10_000)
-    return gradient_variance.study(case, evidence, batch_size=64, groups=40, batches=20)
+    return gradient_variance.study(case, evidence, batch_size=64, groups=20, batches=10)
 
 
 def test_a_sampler_by_parameter_gradients_is_predicted_within_15_percent(studied):
     rows = [row for row in studied if row.sampler == "parameter_gradient"]
     assert [row.draws for row in rows] == ["independent", "stratified"]
-    assert all(row.measured + 4 * row.standard_error < 0.85 for row in rows)  # 1 would not do as a prediction
+    assert all(row.measured + 4 * row.standard_error < 0.5 for row in rows)  # 1 would not do as a prediction
     assert all(abs(row.error) < 0.15 for row in rows)
 
 
@@ -103,11 +103,11 @@ def test_what_a_way_of_drawing_takes_off_the_variance(draws, importance):
     place = torch.bucketize(schedule.log_snr(t), edges)
     second = (sampler.weight(t) * means[place].square().sum(1)).mean()
     predicted = second - gradient_moments.explained(sampler, evidence, batch_size)[draws]
-    batches = [sampler.draw(batch_size, index=i) for i in range(4000)]
+    batches = [sampler.draw(batch_size, index=i) for i in range(2000)]
     gradients = torch.stack(
         [(means[torch.bucketize(schedule.log_snr(t), edges)] * weight[:, None]).mean(0) for t, weight in batches]
     )
-    torch.testing.assert_close(batch_size * gradients.var(0).sum(), predicted, rtol=0.05, atol=0.0)
+    torch.testing.assert_close(batch_size * gradients.var(0).sum(), predicted, rtol=0.1, atol=0.0)
 
 
 def test_the_trace_is_that_of_the_sample_covariance():
@@ -134,8 +134,9 @@ def test_the_error_of_a_ratio():
 
 def test_the_script_writes_what_it_found_and_says_a_miss(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gradient_variance, "TOLERANCE", 0.0)
-    few = ["--steps", "1", "--samples", "64", "--groups", "2", "--batches", "2"]
-    with pytest.raises(SystemExit, match="parameter_gradient, .* draws, predicted .* % off"):
+    monkeypatch.setattr(gradient_variance, "make_case", lambda options: tiny_case())
+    few = ["--steps", "1", "--samples", "320", "--groups", "2", "--batches", "2"]
+    with pytest.raises(SystemExit, match=r"parameter_gradient, independent draws: predicted .* % off"):
         gradient_variance.main([*few, "--method", "ddpm", "--output-dir", str(tmp_path)])
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["method"] == "ddpm"
@@ -145,6 +146,27 @@ def test_the_script_writes_what_it_found_and_says_a_miss(tmp_path, monkeypatch, 
     assert table in capsys.readouterr().out
     assert len(table.splitlines()) == 2 + len(results["rows"])
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("preset", ["digits", "digits-edm"])
+def test_a_preset_is_trained_on_its_objective(preset):
+    options = parse_options(gradient_variance.Options, gradient_variance.PRESETS, preset, ["--preset", preset])
+    case = gradient_variance.make_case(options)
+    assert case.images.shape == (1797, 1, 8, 8)
+    assert sum(parameter.numel() for parameter in case.model.parameters()) == 651_041
+    drawn = case.sampler(gradient_moments.TRAINING, "independent").draw(8)
+    case.backward(drawn, gradient_moments.TRAINING, 0)
+    x, target = case.noisy(drawn.t, gradient_moments.TRAINING, 0)
+    bias = case.model.model.conv_out.bias  # of the output: its gradient is known from the residual
+    residual = case.model(x, drawn.t) - target
+    expected = 2 * (case.weight(drawn.t)[:, None, None, None] * residual).mean((0, 2, 3))
+    torch.testing.assert_close(bias.grad, expected.detach())
+
+
+@pytest.mark.parametrize("name", ["steps", "samples", "groups", "batches"])
+def test_too_little_to_measure_is_refused(name):
+    with pytest.raises(SystemExit, match=f"`--{name}` must be >= "):
+        gradient_variance.main([f"--{name}", "0"])
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.parent.name)
