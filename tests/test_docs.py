@@ -15,6 +15,8 @@ from snrweights.integrations import launch
 from snrweights.integrations.timestep_adapters import ADAPTERS
 
 import snrweights
+from snrweights.densities import DENSITIES
+from snrweights.importance import RULES
 from snrweights.report import methods_table
 from snrweights.weightings.parity import _PARITY
 
@@ -40,6 +42,27 @@ def test_the_examples_of_the_readme_run():
     )
     assert failed == 0
     assert tried > 0
+
+
+def test_the_code_of_the_guide_to_samplers_runs_from_top_to_bottom():
+    guide = (ROOT / "examples" / "guides" / "samplers.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    namespace = {}
+    runner = doctest.DocTestRunner(optionflags=FLAGS)
+    for block in blocks:
+        if block.startswith(">>> "):
+            test = doctest.DocTestParser().get_doctest(block, namespace, "samplers.md", None, None)
+            assert runner.run(test, clear_globs=False).failed == 0
+            namespace = test.globs  # the test works on a copy
+        else:
+            exec(block, namespace)
+    assert runner.tries > 10
+    assert len(blocks) == guide.count("```") / 2
+
+
+def test_the_guide_to_samplers_has_every_density_and_every_rule():
+    guide = (ROOT / "examples" / "guides" / "samplers.md").read_text()
+    assert [name for name in (*DENSITIES, *RULES) if f"| `{name}` |" not in guide] == []
 
 
 @pytest.mark.parametrize("name", [name for name in snrweights.__all__ if callable(getattr(snrweights, name))])
