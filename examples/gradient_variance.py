@@ -218,7 +218,7 @@ def figure(case: Case, evidence: Evidence, rows: list[Row]) -> Figure:
     right.set(
         title="variance of the parameters' gradient", xlabel="trace of the covariance, ratio (± 2 standard errors)"
     )
-    right.legend(frameon=False, fontsize=9)
+    right.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
     for ax in (left, right):
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
