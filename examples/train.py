@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -211,6 +212,7 @@ def finish(options: Options, trainer: Trainer, data: Subset, log: MetricsLog, se
         accelerator=accelerator,
     )
     trainer.tracker.sync()
+    trainer.sampler.sync()
     if not accelerator.is_main_process:
         return
     trainer.tracker.save(output / "tracker.safetensors")
@@ -234,6 +236,10 @@ def finish(options: Options, trainer: Trainer, data: Subset, log: MetricsLog, se
         device=accelerator.device,
         weights=options.output.inception_weights,
     )
+    if isinstance(trainer.sampler, snrweights.ImportanceSampler):
+        predicted = trainer.sampler.predicted()
+        print(f"The sampler expects: {predicted}.")
+        results["sampling"] = asdict(predicted)
     save_results(
         output / "results.json",
         method=options.weight.method,

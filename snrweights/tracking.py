@@ -240,6 +240,11 @@ class LossVarianceTracker:
         """
         return self._statistics(self._moments(), device)
 
+    def report(self) -> LossStatistics:
+        """Return the statistics of all processes up to now: ``sync``, a collective, and ``compute``."""
+        self.sync()
+        return self.compute()
+
     def since(self, step: int) -> LossStatistics:
         """Return the statistics of what came after the last snapshot at or before ``step``, or of everything.
 

@@ -404,3 +404,22 @@ def test_reports_say_the_same_in_every_form():
     assert scalars["loss_by_noise/std_at_-1.5"] == 1
     assert scalars["loss_by_noise/variance_within"] == pytest.approx(2 / 3)
     assert str(LossVarianceTracker().compute()) == "no losses seen"
+
+
+def test_a_report_is_of_all_processes_up_to_now():
+    tracker = LossVarianceTracker(reduce=lambda moments: 2 * moments)  # two processes that see the same
+    tracker.update(torch.ones(3), torch.zeros(3))
+    assert tracker.compute().count.sum() == 3
+    assert tracker.report().count.sum() == 6
+
+
+def test_since_counts_what_came_after_a_snapshot():
+    tracker = LossVarianceTracker(bins=1, snapshot_every=2)
+    for loss in range(1, 7):
+        tracker.update(torch.tensor([float(loss)]), torch.zeros(1))
+    assert tracker.since(0).mean.item() == pytest.approx(3.5)
+    assert tracker.since(1).mean.item() == pytest.approx(3.5)
+    assert tracker.since(2).mean.item() == pytest.approx(4.5)
+    assert tracker.since(5).mean.item() == pytest.approx(5.5)
+    with pytest.raises(ValueError, match="forgets nothing, got decay 0.5"):
+        LossVarianceTracker(decay=0.5).since(0)
