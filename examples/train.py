@@ -236,10 +236,10 @@ def finish(options: Options, trainer: Trainer, data: Subset, log: MetricsLog, se
         device=accelerator.device,
         weights=options.output.inception_weights,
     )
+    facts = {}
     if isinstance(trainer.sampler, snrweights.ImportanceSampler):
-        predicted = trainer.sampler.predicted()
-        print(f"The sampler expects: {predicted}.")
-        results["sampling"] = asdict(predicted)
+        facts["sampling"] = asdict(trainer.sampler.predicted())
+        print(f"The sampler expects: {trainer.sampler.predicted()}.")
     save_results(
         output / "results.json",
         method=options.weight.method,
@@ -247,6 +247,7 @@ def finish(options: Options, trainer: Trainer, data: Subset, log: MetricsLog, se
         steps=options.optimizer.max_steps,
         seed=options.run.seed,
         training_seconds=round(seconds, 1),
+        **facts,
         **results,
     )
     shown = ", ".join(f"{key} {value:.4g}" for key, value in results.items() if "error" not in key)

@@ -421,5 +421,5 @@ def test_since_counts_what_came_after_a_snapshot():
     assert tracker.since(1).mean.item() == pytest.approx(3.5)
     assert tracker.since(2).mean.item() == pytest.approx(4.5)
     assert tracker.since(5).mean.item() == pytest.approx(5.5)
-    with pytest.raises(ValueError, match="forgets nothing, got decay 0.5"):
+    with pytest.raises(ValueError, match=r"forgets nothing, got decay 0\.5"):
         LossVarianceTracker(decay=0.5).since(0)
