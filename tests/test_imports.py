@@ -22,7 +22,9 @@ FLOORS = [
     {"objective", "recognition"},
     {"findings"},
     {"doctor"},
-    {"report", "plots"},
+    {"report", "plots", "runs", "charts"},
+    {"run_charts"},
+    {"page"},
     {"cli"},
     {""},  # the package's own __init__
 ]
