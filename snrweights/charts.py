@@ -13,8 +13,8 @@ from html import escape
 
 _WIDTH, _HEIGHT = 340, 230
 _TOP, _BOTTOM, _RIGHT = 26, 44, 14
-_CHARACTER = 6.9  # width of a digit at the size of the tick labels, with a little room
 _COLOURS = 5  # in the style sheet; a sixth line has the first colour again, dashed
+DASHED = _COLOURS  # to be added to a line's index
 _STYLES = 4
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -126,8 +126,10 @@ def extent(*values: Iterable[float]) -> tuple[float, float] | None:
 
 def _axis(low: float, high: float, start: float, end: float, *, log: bool = False, pad: float = 0.0) -> Axis:
     """Return an axis that goes a little beyond the values, and is not empty where there is but one."""
-    if low == high:
-        low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
+    if math.isclose(low, high, rel_tol=1e-6):
+        low, high = (
+            (low / 2, high * 2) if log else (low - abs(low) / 2 - (low == 0), high + abs(high) / 2 + (high == 0))
+        )
     if log:
         factor = (high / low) ** pad
         return Axis(low / factor, high * factor, start, end, log)
@@ -182,8 +184,8 @@ def line_chart(
         >>> "a: at 1: 0.5" in line_chart("loss", [Line("a", [0, 1], [1, 0.5])], x_label="log-SNR", y_label="loss")
         True
     """
-    shown = [line for line in lines if any(_visible(y, log) for y in line.y)]
-    points = [[(x, y) for x, y in zip(line.x, line.y, strict=True) if _visible(y, log)] for line in shown]
+    shown = [line for line in lines if any(_drawn(point, log) for point in zip(line.x, line.y, strict=True))]
+    points = [[point for point in zip(line.x, line.y, strict=True) if _drawn(point, log)] for line in shown]
     if not shown:
         return card(title, '<p class="note">No finite value to draw.</p>', note=note)
     low, high = y_extent or extent(y for line in points for _, y in line)
@@ -201,14 +203,15 @@ def line_chart(
     return card(title, _svg(described, parts), legend, note)
 
 
-def _visible(value: float, log: bool) -> bool:
-    return math.isfinite(value) and (value > 0 or not log)
+def _drawn(point: tuple[float, float], log: bool) -> bool:
+    x, y = point
+    return math.isfinite(x) and math.isfinite(y) and (y > 0 or not log)
 
 
 def _paths(line: Line, x_axis: Axis, y_axis: Axis, log: bool) -> Iterator[str]:
     pairs = zip(line.x, line.y, strict=True)
-    for visible, group in itertools.groupby(pairs, key=lambda point: _visible(point[1], log)):
-        if visible:
+    for drawn, group in itertools.groupby(pairs, key=lambda point: _drawn(point, log)):
+        if drawn:
             points = list(group)
             path = "L".join(f"{x_axis(x):.1f} {y_axis(y):.1f}" for x, y in points)
             yield f'<path class="line" d="M{path}"/>'
@@ -266,21 +269,22 @@ def heat_map(
         >>> html.count('class="cell"')
         3
     """
-    found = extent(value for row in rows for value in row if _visible(value, True))
+    found = extent(value for row in rows for value in row if value > 0)
     if found is None:
         return card(title, '<p class="note">No finite value to draw.</p>', note=note)
     scale = _axis(*found, 0.0, 1.0, log=True)
     y_axis = _axis(y_edges[0], y_edges[-1], _HEIGHT - _BOTTOM, _TOP)
     left = _left(y_axis)
     x_axis = _axis(x_edges[0], x_edges[-1], left + 4, _WIDTH - _RIGHT)
-    parts = [_frame(x_axis, y_axis, left, x_label, y_label), '<g shape-rendering="crispEdges">']
+    parts = [_frame(x_axis, y_axis, left, x_label, y_label), "<g>"]
+    seam = 0.4  # cells overlap a little, so that nothing shines through between them
     for (low, high), row in zip(itertools.pairwise(y_edges), rows, strict=True):
         for (start, end), value in zip(itertools.pairwise(x_edges), row, strict=True):
-            if _visible(value, True):
+            if math.isfinite(value) and value > 0:
                 x, y = x_axis(start), y_axis(high)
                 parts.append(
-                    f'<rect class="cell" x="{x:.1f}" y="{y:.1f}" width="{x_axis(end) - x:.1f}" '
-                    f'height="{y_axis(low) - y:.1f}" fill="{_colour(scale(value))}"/>'
+                    f'<rect class="cell" x="{x:.1f}" y="{y:.1f}" width="{x_axis(end) - x + seam:.1f}" '
+                    f'height="{y_axis(low) - y + seam:.1f}" fill="{_colour(scale(value))}"/>'
                 )
     parts.append("</g>")
     described = f"Heat map. {title}: {value_label}, over {x_label} and {y_label}."
@@ -304,7 +308,7 @@ def shares(title: str, rows: Sequence[tuple[str, Sequence[float]]], parts: Seque
     """Return a card with one bar a row, divided into named parts with their numbers.
 
     Example:
-        >>> "75 %" in shares("variance", [("a", (1.0, 3.0))], ("within", "between"))
+        >>> "75\u00a0%" in shares("variance", [("a", (1.0, 3.0))], ("within", "between"))
         True
     """
     body = []
@@ -316,7 +320,7 @@ def shares(title: str, rows: Sequence[tuple[str, Sequence[float]]], parts: Seque
         pieces = "".join(
             f'<span class="c{i}" style="flex-grow:{value / total:.6f}"></span>' for i, value in enumerate(values)
         )
-        said = " + ".join(f"{_data(value)} <small>({100 * value / total:.0f} %)</small>" for value in values)
+        said = " + ".join(f"{_data(value)} <small>({100 * value / total:.0f}\u00a0%)</small>" for value in values)
         body.append(
             f"<dt>{escape(label)}</dt>"
             f'<dd><span class="share" aria-hidden="true">{pieces}</span>{_data(total)} = {said}</dd>'
@@ -331,7 +335,12 @@ def _data(value: float) -> str:
 
 def _left(axis: Axis) -> float:
     """Return the place of the axis on the left: its labels fit beside it."""
-    return 8 + _CHARACTER * max(len(number(tick)) for tick in axis.ticks())
+    return 8 + max((_text_width(number(tick)) for tick in axis.ticks()), default=0)
+
+
+def _text_width(text: str) -> float:
+    """Return how wide a number is at most, in the widest of the usual fonts."""
+    return 7.7 * len(text) + 2.5 * text.count("−")
 
 
 def _frame(x_axis: Axis, y_axis: Axis, left: float, x_label: str, y_label: str) -> str:
@@ -339,11 +348,11 @@ def _frame(x_axis: Axis, y_axis: Axis, left: float, x_label: str, y_label: str) 
     parts = []
     for tick in y_axis.ticks():
         y = y_axis(tick)
-        parts.append(f'<path class="grid" d="M{left:.1f} {y:.1f}H{right:.1f}"/>')
+        parts.append(f'<path class="rule" d="M{left:.1f} {y:.1f}H{right:.1f}"/>')
         parts.append(f'<text x="{left - 5:.1f}" y="{y + 4:.1f}" text-anchor="end">{number(tick)}</text>')
     for tick in x_axis.ticks():
         x, text = x_axis(tick), number(tick)
-        half = _CHARACTER * len(text) / 2
+        half = _text_width(text) / 2
         x = min(max(x, half), _WIDTH - half - 1)
         parts.append(f'<text x="{x:.1f}" y="{bottom + 16:.1f}" text-anchor="middle">{text}</text>')
     parts.append(f'<path class="axis" d="M{left:.1f} {bottom:.1f}H{right:.1f}"/>')

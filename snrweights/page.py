@@ -37,11 +37,7 @@ def page(runs: Sequence[Run]) -> str:
         raise ValueError("`runs` is empty; give at least one.")
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs side by side"
     statistics = [run.tracker.compute() if run.tracker else None for run in runs]
-    sections = [
-        ("Results", _results(runs)),
-        ("Samples", _grid(_samples(runs))),
-        ("Training", _grid(training(runs))),
-    ]
+    sections = [("Results", _results(runs)), ("Samples", _grid(_samples(runs))), ("Training", _grid(training(runs)))]
     if len(runs) == 1:
         sections.append(("Loss by noise level", _grid(by_noise(runs[0], statistics[0]))))
     else:
@@ -67,7 +63,7 @@ def page(runs: Sequence[Run]) -> str:
 </head>
 <body>
 <header><h1>{escape(title)}</h1>{_heads(runs, statistics)}</header>
-<main>
+<main{' class="one"' if len(runs) == 1 and runs[0].results and runs[0].samples else ""}>
 {body}
 </main>
 <footer>snrweights {escape(__version__)}</footer>
@@ -93,26 +89,23 @@ def _heads(runs: Sequence[Run], statistics: Sequence[LossStatistics | None]) -> 
 
 def _essentials(run: Run) -> str:
     option = run.config.get
-    settings = option("weight.set") or [f"{k}={_text(v)}" for k, v in _mapping(run.results.get("hyperparameters"))]
+    settings = option("weight.set") or run.results.get("hyperparameters")
     method = option("weight.method") or run.results.get("method")
     words = [
-        f"{method}({', '.join(map(str, settings))})" if method and settings else method,
-        option("process.process"),
-        run.curve.prediction_type if run.curve else option("process.prediction_type"),
+        f"{method}({_text(settings)}) weights" if method and settings else _and(method, "weights"),
+        _and(option("process.process"), "process"),
+        f"predicts {run.curve.prediction_type}" if run.curve else None,
         option("data.dataset"),
-        _counted(option("optimizer.max_steps", run.results.get("steps")), "steps"),
-        f"batch {option('global_batch')}" if option("global_batch") is not None else None,
-        f"seed {option('run.seed')}" if option("run.seed") is not None else None,
+        _and(option("optimizer.max_steps", run.results.get("steps")), "steps"),
+        _and("batch", option("global_batch")),
+        _and("seed", option("run.seed")),
     ]
     return " · ".join(str(word) for word in words if word is not None)
 
 
-def _mapping(value: Any) -> Iterable[tuple[str, Any]]:
-    return value.items() if isinstance(value, dict) else ()
-
-
-def _counted(count: Any, what: str) -> str | None:
-    return f"{number(count, 10)} {what}" if _is_number(count) else None
+def _and(first: Any, second: Any) -> str | None:
+    """Return both words, None where one is missing."""
+    return None if first is None or second is None else f"{_text(first)} {_text(second)}"
 
 
 def _remarks(run: Run, seen: LossStatistics | None) -> list[str]:
@@ -136,7 +129,7 @@ def _remarks(run: Run, seen: LossStatistics | None) -> list[str]:
 def _results(runs: Sequence[Run]) -> str:
     keys = _union(run.results for run in runs)
     shown = [key for key in keys if not key.startswith("_") and not _beside(key, keys)]
-    rows = [(key, [_result(run.results, key) for run in runs]) for key in shown if key != "hyperparameters"]
+    rows = [(key, [_result(run.results, key) for run in runs]) for key in shown]
     table = _table(runs, rows, "Results")
     if len({json.dumps(run.results["count"]) for run in runs if "count" in run.results}) > 1:
         table += (
@@ -274,6 +267,8 @@ def _text(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return number(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={_text(inner)}" for key, inner in value.items()) or "none"
     if isinstance(value, list):
         return ", ".join(map(_text, value)) or "none"
     return str(value)

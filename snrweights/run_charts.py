@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from snrweights.charts import Line, bar_chart, extent, heat_map, line_chart, number, shares
+from snrweights.charts import DASHED, Line, bar_chart, extent, heat_map, line_chart, number, shares
 from snrweights.plots import FEW, relative_weight
 from snrweights.predictions import LIMIT, log_error_ratio
 from snrweights.runs import Run
 from snrweights.statistics import LossStatistics, mean_between
 
 _LOG_SNR = "log-SNR   (noise ← → clean)"
-_STEP = "optimizer step"
 _VARIANCE = ("within a noise level", "between noise levels")
 _VARIANCE_NOTE = "Var[L] = E[Var[L | log-SNR]] + Var[E[L | log-SNR]], with log-SNR in the tracker's bins."
 _MOST_INTERVALS = 60  # of a heat map
@@ -30,15 +29,16 @@ def training(runs: Sequence[Run]) -> Iterable[str]:
         >>> ["Training loss" in chart for chart in training([run])]
         [True]
     """
-    for key, title in (
-        ("loss", "Training loss (weighted)"),
-        ("validation_loss", "Held-out loss (unweighted)"),
-        ("lr", "Learning rate"),
+    own_weight = "Each run's is weighted by its own weight; held-out losses are not." if len(runs) > 1 else ""
+    for key, title, y_label, note in (
+        ("loss", "Training loss (weighted)", "loss", own_weight),
+        ("validation_loss", "Held-out loss (unweighted)", "loss", ""),
+        ("lr", "Learning rate", "rate", ""),
     ):
         series = [(i, run.name, *run.series(key)) for i, run in enumerate(runs)]
         lines = [Line(name, x, y, i) for i, name, x, y in series if x]
         if lines:
-            yield line_chart(title, lines, x_label=_STEP, y_label="", log=key != "lr")
+            yield line_chart(title, lines, x_label="step", y_label=y_label, log=key != "lr", note=note)
 
 
 def by_noise(run: Run, seen: LossStatistics | None) -> Iterable[str]:
@@ -73,7 +73,7 @@ def by_noise(run: Run, seen: LossStatistics | None) -> Iterable[str]:
         yield from _history(run)
     validations = run.validations()
     if validations:
-        yield line_chart("Held out, unweighted", _validations(validations), x_label=_LOG_SNR, y_label="")
+        yield line_chart("Held out, unweighted", _validations(validations), x_label=_LOG_SNR, y_label="loss")
 
 
 def _unit(unit: str | None) -> str:
@@ -85,7 +85,7 @@ def _moments(statistics: LossStatistics) -> list[Line]:
     centres = statistics.centres[seen].tolist()
     return [
         Line("mean", centres, statistics.mean[seen].tolist()),
-        Line("standard deviation", centres, _deviation(statistics)[seen].tolist(), index=1),
+        Line("standard deviation", centres, _deviation(statistics)[seen].tolist(), index=DASHED + 1),
     ]
 
 
@@ -115,7 +115,7 @@ def _history(run: Run) -> Iterable[str]:
         [step for step, _ in history],
         history[0][1].edges[low : high + 1].tolist(),
         mean_between(history)[low:high].tolist(),
-        x_label="update of the tracker",
+        x_label="step",
         y_label=_LOG_SNR,
         value_label=_unit(history[0][1].unit),
     )
@@ -165,7 +165,7 @@ def compared(runs: Sequence[Run], statistics: Sequence[LossStatistics | None]) -
         if (validations := run.validations())
     ]
     if held_out:
-        yield line_chart("Held out, unweighted, last", held_out, x_label=_LOG_SNR, y_label="")
+        yield line_chart("Held out, unweighted, last", held_out, x_label=_LOG_SNR, y_label="loss")
     if seen:
         rows = [(runs[i].name, s.total_variance()) for i, s in seen.items()]
         yield shares("Total variance of the unweighted loss", rows, _VARIANCE, note or _VARIANCE_NOTE)
