@@ -188,11 +188,11 @@ def line_chart(
     points = [[point for point in zip(line.x, line.y, strict=True) if _drawn(point, log)] for line in shown]
     if not shown:
         return card(title, '<p class="note">No finite value to draw.</p>', note=note)
-    low, high = y_extent or extent(y for line in points for _, y in line)
+    xs, ys = zip(*itertools.chain(*points), strict=True)
+    low, high = y_extent or (min(ys), max(ys))
     y_axis = _axis(low, high, _HEIGHT - _BOTTOM, _TOP, log=log, pad=0.04)
     left = _left(y_axis)
-    x_low, x_high = extent(x for line in points for x, _ in line)
-    x_axis = _axis(x_low, x_high, left + 4, _WIDTH - _RIGHT)
+    x_axis = _axis(min(xs), max(xs), left + 4, _WIDTH - _RIGHT)
     parts = [_frame(x_axis, y_axis, left, x_label, y_label)]
     for line in shown:
         parts.append(f'<g class="{_style(line.index)}" style="opacity:{line.strength:.3g}">')

@@ -95,10 +95,10 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("-o", "--output", default="weights.png", help="file to write (default: weights.png)")
     plot.set_defaults(run=_plot)
 
-    summary = commands.add_parser("report", help="write one HTML page of one run or several side by side")
-    summary.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folder of examples/train.py or of launch --track")
-    summary.add_argument("-o", "--output", default="report.html", help="file to write (default: report.html)")
-    summary.set_defaults(run=_report)
+    together = commands.add_parser("report", help="write one HTML page of one run or several side by side")
+    together.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folder of examples/train.py or of launch --track")
+    together.add_argument("-o", "--output", default="report.html", help="file to write (default: report.html)")
+    together.set_defaults(run=_report)
 
     check = commands.add_parser("doctor", help="say what will go wrong in a configuration, and what mends it")
     check.add_argument(

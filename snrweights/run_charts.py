@@ -59,7 +59,8 @@ def by_noise(run: Run, seen: LossStatistics | None) -> Iterable[str]:
         for title, lines, unit in zip(("Unweighted", "Weighted"), curves, (_unit(seen.unit), "loss"), strict=False):
             note = "" if title == "Unweighted" else "Times the weight, scaled to mean 1 over the losses seen."
             yield line_chart(title, lines, x_label=_LOG_SNR, y_label=unit, y_extent=within, note=note)
-        low, high = _where(seen)
+        filled = (seen.count > 0).nonzero().flatten().tolist()
+        low, high = filled[0], filled[-1] + 1
         yield bar_chart(
             "Where the losses were",
             seen.edges[low : high + 1].tolist(),
@@ -98,23 +99,21 @@ def _positive(values: Iterable[float]) -> tuple[float, float] | None:
     return extent(value for value in values if value > 0)
 
 
-def _where(statistics: LossStatistics) -> tuple[int, int]:
-    """Return the first bin that is not empty, and one past the last."""
-    seen = (statistics.count > 0).nonzero()
-    return int(seen.min()), int(seen.max()) + 1
-
-
 def _history(run: Run) -> Iterable[str]:
     history = run.tracker.history() if run.tracker else []
     if len(history) < 2:
         return
     history = _thin(history, _MOST_INTERVALS + 1)
-    low, high = _where(history[-1][1])
+    means = mean_between(history)
+    seen = means.isfinite().any(1).nonzero().flatten().tolist()
+    if not seen:
+        return
+    low, high = seen[0], seen[-1] + 1
     yield heat_map(
         "Unweighted, over steps",
         [step for step, _ in history],
         history[0][1].edges[low : high + 1].tolist(),
-        mean_between(history)[low:high].tolist(),
+        means[low:high].tolist(),
         x_label="step",
         y_label=_LOG_SNR,
         value_label=_unit(history[0][1].unit),
@@ -183,7 +182,8 @@ def _in_one_unit(
     units = {s.unit for s in statistics if s is not None}
     if len(units) <= 1:
         return list(statistics), next(iter(units), None), ""
-    converted, left_out = [], []
+    converted: list[LossStatistics | None] = []
+    left_out: list[str] = []
     for run, s in zip(runs, statistics, strict=True):
         sigma_data = run.curve.sigma_data if run.curve else None
         if s is None or s.unit is None or (s.unit == "edm" and sigma_data is None):
@@ -194,4 +194,8 @@ def _in_one_unit(
         factor = (log_error_ratio("epsilon", at) - log_error_ratio(s.unit, at, sigma_data)).exp()
         converted.append(replace(s.times(factor), unit="epsilon"))
     note = "In the error of epsilon, converted at the middle of each bin."
-    return converted, "epsilon", note + (f" Without {', '.join(left_out)}: the unit is not known." if left_out else "")
+    return (
+        converted,
+        "epsilon",
+        note + (f" Without {', '.join(left_out)}: their unit cannot be converted." if left_out else ""),
+    )

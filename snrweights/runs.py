@@ -138,7 +138,7 @@ def _read_run(folder: Path, name: str) -> Run:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{os.fspath(folder / file)!r} is damaged: {error}") from None
 
-    sections = read("config.yaml", _config, {})
+    sections: dict[str, Any] = read("config.yaml", _config, {})
     curve, no_curve = _curve(sections) if sections else (None, "there is no config.yaml")
     return Run(
         name=name,

@@ -222,7 +222,7 @@ def test_losses_in_other_units_are_converted_or_left_out(tmp_path):
     shown = Page(page(read_runs([tmp_path / str(unit) for unit in tracked])))
     (chart,) = [label for label in shown.charts() if ". Mean of the loss:" in label]
     assert "epsilon, sample, mean squared error of epsilon" in chart
-    assert "converted at the middle of each bin. Without None: the unit is not known." in shown.text
+    assert "converted at the middle of each bin. Without None: their unit cannot be converted." in shown.text
     seen = tracked["sample"].compute()
     converted = (seen.mean * seen.centres.exp())[seen.count > 0][0].item()  # ||eps - ..||² = SNR ||x0 - ..||²
     assert f"sample: at {number(seen.centres[seen.count > 0][0].item())}: {number(converted)}" in shown.text
@@ -361,6 +361,22 @@ def test_without_yaml_the_error_says_what_to_install(run, capsys, monkeypatch):
         2,
         f"snrweights report: {run / 'config.yaml'} needs PyYAML: pip install 'snrweights[train]'.\n",
     )
+
+
+def test_without_diffusers_all_but_the_weight_is_there(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "snrweights.integrations.processes", None)
+    shown = read(run)
+    assert "No weighted loss: diffusers is not installed: pip install 'snrweights[train]'." in shown.text
+    assert [label for label in shown.charts() if "Weighted" in label] == []
+
+
+def test_snapshots_in_which_nothing_was_seen_are_no_heat_map(tmp_path):
+    tracker = LossVarianceTracker()
+    tracker.snapshot(1)
+    tracker.snapshot(2)
+    tracker.update(torch.ones(2), torch.zeros(2))
+    tracker.save(tmp_path / "tracker.safetensors")
+    assert [label for label in read(tmp_path).charts() if "Heat map" in label] == []
 
 
 def test_there_is_a_run_at_least():
