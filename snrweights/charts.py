@@ -276,8 +276,8 @@ def heat_map(
     y_axis = _axis(y_edges[0], y_edges[-1], _HEIGHT - _BOTTOM, _TOP)
     left = _left(y_axis)
     x_axis = _axis(x_edges[0], x_edges[-1], left + 4, _WIDTH - _RIGHT)
-    parts = [_frame(x_axis, y_axis, left, x_label, y_label), "<g>"]
-    seam = 0.4  # cells overlap a little, so that nothing shines through between them
+    parts = [_frame(x_axis, y_axis, left, x_label, y_label), '<g shape-rendering="crispEdges">']
+    seam = 0.7  # cells overlap a little, so that nothing shines through between them
     for (low, high), row in zip(itertools.pairwise(y_edges), rows, strict=True):
         for (start, end), value in zip(itertools.pairwise(x_edges), row, strict=True):
             if math.isfinite(value) and value > 0:
