@@ -117,10 +117,9 @@ class Trainer:
     def make_sampler(self, weighting: snrweights.Weighting) -> snrweights.TimestepSampler:
         """Return what draws timesteps: from the weighting's own density, by importance, or as the process has them."""
         options = self.options.sampler
-        own_density = weighting.own_density(self.process.prediction_type)
-        # a weighting with a rule has an objective of its own, whatever the density
-        density = own_density or (None if weighting.rule else self.process.density)
-        rule = options.importance or ("none" if own_density else weighting.rule or "none")
+        density = self.process.density_for(weighting)
+        asked = None if weighting.own_density(self.process.prediction_type) else weighting.rule
+        rule = options.importance or asked or "none"
         draws: dict[str, Any] = {
             "draws": options.draws,
             "seed": self.options.run.seed,

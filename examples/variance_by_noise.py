@@ -27,7 +27,7 @@ def read(run: Path) -> tuple[LossStatistics, WeightCurve]:
     curve = weighting.curve(
         process.schedule,
         prediction_type=process.prediction_type,
-        density=weighting.own_density(process.prediction_type) or process.density,
+        density=process.density_for(weighting),
         normalize="mean" if options["weight"]["normalize"] == "mean" else None,
         clamp_max=options["weight"]["clamp_max"],
     )

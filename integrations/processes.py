@@ -22,6 +22,7 @@ from snrweights.drawn import as_density
 from snrweights.quantiles import Quantiles, quantiles
 from snrweights.schedulers import as_schedule
 from snrweights.schedules import EDMSchedule, FlowSchedule, Schedule
+from snrweights.weightings.base import Weighting
 
 
 class Plain(nn.Module):
@@ -55,6 +56,14 @@ class Process(ABC):
     def timesteps(self, u: Tensor) -> Tensor:
         """Turn uniform numbers (B,) in [0, 1] into timesteps (B,); 0 is the noisiest end."""
         return self._quantiles.timesteps(u)
+
+    def density_for(self, weighting: Weighting) -> Density | None:
+        """Return the density that timesteps are drawn from under a weighting, as ``density`` has it.
+
+        That is the weighting's own; for one with a rule, whose objective is the same whatever the density, the
+        schedule's; else the process's.
+        """
+        return weighting.own_density(self.prediction_type) or (None if weighting.rule else self.density)
 
     @cached_property
     def _quantiles(self) -> Quantiles:

@@ -6,8 +6,9 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from snrweights import plots, report
+from snrweights import page, plots, report, runs
 from snrweights.densities import DENSITIES
 from snrweights.doctor import doctor
 from snrweights.predictions import PREDICTION_TYPES
@@ -61,6 +62,16 @@ def _doctor(arguments: argparse.Namespace) -> Callable[[], int]:
     return lambda: 0 if diagnosis.healthy else 1
 
 
+def _report(arguments: argparse.Namespace) -> None:
+    from snrweights.integrations.files import write_text
+
+    html = page.page(runs.read_runs(arguments.runs))
+    output = Path(arguments.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_text(output, html)
+    print(f"Wrote {arguments.output}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="snrweights", description="Loss weights over the noise level for diffusion training."
@@ -83,6 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--density", choices=list(DENSITIES), help="of the timesteps drawn (default: the schedule's own)")
     plot.add_argument("-o", "--output", default="weights.png", help="file to write (default: weights.png)")
     plot.set_defaults(run=_plot)
+
+    together = commands.add_parser("report", help="write one HTML page of one run or several side by side")
+    together.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folder of examples/train.py or of launch --track")
+    together.add_argument("-o", "--output", default="report.html", help="file to write (default: report.html)")
+    together.set_defaults(run=_report)
 
     check = commands.add_parser("doctor", help="say what will go wrong in a configuration, and what mends it")
     check.add_argument(

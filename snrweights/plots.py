@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from snrweights.densities import Density
 from snrweights.doctor import Diagnosis
 from snrweights.objective import objective
 from snrweights.schedulers import as_schedule
-from snrweights.statistics import LossStatistics
+from snrweights.statistics import LossStatistics, mean_between
 from snrweights.uncertainty import LearnedUncertainty
 from snrweights.weightings.base import Weighting, get_weighting
 from snrweights.weightings.bound import WeightCurve
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 # Okabe & Ito's colours, told apart by colour-blind readers, and line styles for black and white
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", "-.", ":")
-_FEW = 10  # samples in a bin, below which its standard deviation is not drawn
+FEW = 10  # samples in a bin, below which its standard deviation is not drawn
 _X_LABEL = "log-SNR   (noise  ←   → clean)"
 
 
@@ -186,9 +185,9 @@ def plot_loss_by_noise(
     left, right = figure.subplots(1, 2)
     label = f"mean squared error of {statistics.unit}" if statistics.unit else "loss"
     seen = statistics.count > 0
-    centres = ((statistics.edges[1:] + statistics.edges[:-1]) / 2)[seen]
+    centres = statistics.centres[seen]
     mean, deviation = statistics.mean[seen], statistics.variance[seen].sqrt()
-    deviation[statistics.count[seen] < _FEW] = torch.nan
+    deviation[statistics.count[seen] < FEW] = torch.nan
     left.plot(centres, mean, color=_COLOURS[0], marker="o", ms=3, label="mean")
     left.plot(centres, deviation, color=_COLOURS[1], marker="s", ms=3, ls="--", label="standard deviation")
     left.set_yscale("log")
@@ -233,23 +232,16 @@ def plot_history(history: Sequence[tuple[int, LossStatistics]]) -> Figure:
         >>> len(plot_history(tracker.history()).axes)  # the map and its colour bar
         2
     """
-    if len(history) < 2:
-        raise ValueError(f"A heat map needs two snapshots at least, got {len(history)}: track with `snapshot_every=`.")
-    columns = []
-    for (_, before), (_, after) in itertools.pairwise(history):
-        count = (after.count - before.count).double()
-        total = _sums(after) - _sums(before)
-        columns.append(torch.where(count > 0, total / count, torch.nan))
+    means = mean_between(history)
     steps = [step for step, _ in history]
     edges = history[0][1].edges
-    seen = torch.stack(columns).isfinite().any(0).nonzero()
+    seen = means.isfinite().any(1).nonzero()
     low, high = (int(seen.min()), int(seen.max()) + 1) if len(seen) else (0, len(edges) - 1)
     figure = _figure(1)
     ax = figure.subplots()
-    values = torch.stack(columns, 1)[low:high]
     levels = edges[low : high + 1].numpy()
     mesh = ax.pcolormesh(
-        steps, levels, values.numpy(), norm="log" if len(seen) else "linear", cmap="viridis", rasterized=True
+        steps, levels, means[low:high].numpy(), norm="log" if len(seen) else "linear", cmap="viridis", rasterized=True
     )
     unit = history[0][1].unit
     figure.colorbar(mesh, label=f"mean squared error of {unit}" if unit else "loss")
@@ -259,8 +251,24 @@ def plot_history(history: Sequence[tuple[int, LossStatistics]]) -> Figure:
     return figure
 
 
-def _sums(statistics: LossStatistics) -> Tensor:
-    return torch.where(statistics.count > 0, statistics.mean * statistics.count, 0.0)
+def relative_weight(statistics: LossStatistics, curve: WeightCurve) -> Tensor:
+    """Return the weight at the middle of each bin (bins,), on the losses as they were tracked: mean 1 over those seen.
+
+    Args:
+        statistics: of a tracker.
+        curve: the weight, ``get_weighting(...).curve(...)``.
+
+    Example:
+        >>> from snrweights.tracking import LossVarianceTracker
+        >>> tracker = LossVarianceTracker(bins=2, low=-2, high=2, unit="epsilon")
+        >>> tracker.update(torch.ones(2), torch.tensor([-1.0, 1.0]))
+        >>> curve = get_weighting("p2").curve("linear", prediction_type="epsilon")
+        >>> relative_weight(tracker.compute(), curve)  # in the ratio 1 / (1 + e⁻¹) to 1 / (1 + e)
+        tensor([1.4621, 0.5379], dtype=torch.float64)
+    """
+    weight = curve.log_weight(statistics.centres, statistics.unit or curve.prediction_type).exp()
+    seen = statistics.count > 0
+    return weight * statistics.count.sum() / (weight * statistics.count)[seen].sum()
 
 
 def plot_weighted_loss(statistics: LossStatistics, curve: WeightCurve) -> Figure:
@@ -281,15 +289,14 @@ def plot_weighted_loss(statistics: LossStatistics, curve: WeightCurve) -> Figure
     figure = _figure(2)
     axes = figure.subplots(1, 2, sharey=True)
     seen = statistics.count > 0
-    centres = ((statistics.edges[1:] + statistics.edges[:-1]) / 2)[seen]
-    weight = curve.log_weight(centres, statistics.unit or curve.prediction_type).exp()
-    weight = weight * statistics.count[seen].sum() / (weight * statistics.count[seen]).sum()
-    for ax, factor, title in zip(axes, (torch.ones_like(weight), weight), ("unweighted", "weighted"), strict=True):
-        ax.plot(centres, factor * statistics.mean[seen], color=_COLOURS[0], marker="o", ms=3, label="mean")
-        deviation = factor * statistics.variance[seen].sqrt()
+    centres = statistics.centres[seen]
+    both = (statistics, statistics.times(relative_weight(statistics, curve)))
+    for ax, shown, title in zip(axes, both, ("unweighted", "weighted"), strict=True):
+        ax.plot(centres, shown.mean[seen], color=_COLOURS[0], marker="o", ms=3, label="mean")
+        deviation = shown.variance[seen].sqrt()
         ax.plot(centres, deviation, color=_COLOURS[1], marker="s", ms=3, ls="--", label="standard deviation")
         ax.set_yscale("log")
-        _finish(ax, title, "loss" if factor is not weight else "")
+        _finish(ax, title, "loss" if shown is statistics else "")
     axes[0].legend(frameon=False, fontsize=9)
     return figure
 
@@ -320,8 +327,8 @@ def plot_variance(runs: Mapping[str, tuple[LossStatistics, WeightCurve]]) -> Fig
     figure = _figure(2)
     axes = figure.subplots(1, 2, sharey=True)
     for i, (label, (statistics, curve)) in enumerate(runs.items()):
-        seen = statistics.count >= _FEW
-        centres = ((statistics.edges[1:] + statistics.edges[:-1]) / 2)[seen]
+        seen = statistics.count >= FEW
+        centres = statistics.centres[seen]
         loss = (curve.log_weight(centres, statistics.unit) - curve.log_weight(centres)).exp()
         weight = curve(centres)
         weight = weight * statistics.count[seen].sum() / (weight * statistics.count[seen]).sum()
@@ -357,7 +364,7 @@ def plot_uncertainty(
     low, high = -12.0, 12.0
     if statistics is not None and statistics.count.any():
         seen = statistics.count > 0
-        centres = ((statistics.edges[1:] + statistics.edges[:-1]) / 2)[seen]
+        centres = statistics.centres[seen]
         low, high = float(centres[0]), float(centres[-1])
         weight = curve.log_weight(centres, statistics.unit).exp() if curve is not None else 1.0
         ax.plot(centres, weight * statistics.mean[seen], "o", ms=4, color=_COLOURS[1], label="mean loss, tracked")

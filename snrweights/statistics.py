@@ -6,9 +6,11 @@ import csv
 import io
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 COLUMNS = ("low", "high", "count", "mean", "variance", "second_moment", "gradient_square", "nonfinite")
@@ -61,6 +63,30 @@ class LossStatistics:
         within = (share * self.variance[seen]).sum()
         between = (share * (mean - (share * mean).sum()) ** 2).sum()
         return float(within), float(between)
+
+    @property
+    def centres(self) -> Tensor:
+        """(bins,) log-SNR in the middle of each bin."""
+        return (self.edges[1:] + self.edges[:-1]) / 2
+
+    def times(self, weight: Tensor) -> LossStatistics:
+        """Return the statistics of the loss times a weight (bins,) that is constant within each bin.
+
+        Example:
+            >>> from snrweights import LossVarianceTracker
+            >>> tracker = LossVarianceTracker(bins=1)
+            >>> tracker.update(torch.tensor([1.0, 3.0]), torch.zeros(2))
+            >>> doubled = tracker.compute().times(torch.tensor([2.0]))
+            >>> doubled.mean.item(), doubled.variance.item()
+            (4.0, 4.0)
+        """
+        square = weight**2
+        return replace(
+            self,
+            mean=weight * self.mean,
+            variance=square * self.variance,
+            gradient_square=square * self.gradient_square,
+        )
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one dictionary a bin, with the names in ``COLUMNS``; None for NaN."""
@@ -124,3 +150,28 @@ class LossStatistics:
         if values:
             values[f"{prefix}/variance_within"], values[f"{prefix}/variance_between"] = self.total_variance()
         return values
+
+
+def mean_between(history: Sequence[tuple[int, LossStatistics]]) -> Tensor:
+    """Return the mean loss per bin between each snapshot and the one before, (bins, snapshots - 1); NaN where none was.
+
+    Args:
+        history: at least two snapshots of a tracker, ``tracker.history()``.
+
+    Raises:
+        ValueError: fewer than two snapshots.
+
+    Example:
+        >>> from snrweights import LossVarianceTracker
+        >>> tracker = LossVarianceTracker(bins=1, snapshot_every=1)
+        >>> for loss in (2.0, 1.0, 0.5):
+        ...     tracker.update(torch.tensor([loss]), torch.zeros(1))
+        >>> mean_between(tracker.history())
+        tensor([[1.0000, 0.5000]], dtype=torch.float64)
+    """
+    if len(history) < 2:
+        raise ValueError(f"A heat map needs two snapshots at least, got {len(history)}: track with `snapshot_every=`.")
+    counts = torch.stack([statistics.count.double() for _, statistics in history], 1)
+    sums = torch.stack([torch.where(s.count > 0, s.mean * s.count, 0.0) for _, s in history], 1)
+    count = counts.diff(dim=1)
+    return torch.where(count > 0, sums.diff(dim=1) / count, torch.nan)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 STEPS = 9
 SAMPLER = ["--importance", "gradient", "--importance-refresh", "2", "--draws", "stratified"]
 EVERY_THREE = [*TINY, *SAMPLER, "--max-steps", str(STEPS), "--checkpointing-steps", "3"]
-EVERY_THREE += ["--checkpoints-total-limit", "2"]
+EVERY_THREE += ["--checkpoints-total-limit", "2", "--logging-steps", "1"]  # the tracker's snapshots follow the log
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,9 @@ FLOORS = [
     {"importance", "objective", "recognition"},
     {"findings"},
     {"doctor"},
-    {"report", "plots"},
+    {"report", "plots", "runs", "charts"},
+    {"run_charts"},
+    {"page"},
     {"cli"},
     {""},  # the package's own __init__
 ]

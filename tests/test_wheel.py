@@ -50,7 +50,7 @@ def test_it_holds_the_package_the_integrations_and_nothing_else(wheel):
         for package, folder in PACKAGES.items()
         for path in folder.rglob("*.py")
     }
-    assert {"snrweights/py.typed", "snrweights/integrations/__init__.py"} <= names
+    assert {"snrweights/py.typed", "snrweights/page.css", "snrweights/integrations/__init__.py"} <= names
     assert {name for name in names if name.endswith(".py")} == expected
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"snrweights"}
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
