@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from snrweights.settings import parse_settings
 from snrweights.statistics import LossStatistics
 from snrweights.tracking import LossVarianceTracker
-from snrweights.weightings.base import WeightCurve, get_weighting
+from snrweights.weightings.base import get_weighting
+from snrweights.weightings.bound import WeightCurve
 
 # file -> what a report has from it
 FILES = {
