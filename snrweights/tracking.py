@@ -181,7 +181,7 @@ class LossVarianceTracker:
     def snapshot(self, step: int) -> None:
         """Keep the moments as they are now under a step: with ``reduce`` of all processes, a collective like ``sync``.
 
-        Of more than 256 snapshots every second is dropped.
+        Of more than 256 snapshots every second is dropped, but for the first and the last two.
         """
         if self.reduce is not None:
             self.sync()
@@ -190,7 +190,7 @@ class LossVarianceTracker:
     def _keep(self, step: int, moments: Tensor) -> None:
         self.snapshots.append((step, moments))
         if len(self.snapshots) > _MOST_SNAPSHOTS:
-            del self.snapshots[::2]
+            del self.snapshots[1:-2:2]  # not the last two, between which `since` counts
 
     def _moments(self) -> Tensor:
         return self._before + self._faded(self.updates) + self._pending
