@@ -211,8 +211,11 @@ def finish(options: Options, trainer: Trainer, data: Subset, log: MetricsLog, se
         accelerator=accelerator,
     )
     trainer.tracker.sync()
+    trainer.sampler.sync()
     if not accelerator.is_main_process:
         return
+    if isinstance(trainer.sampler, snrweights.ImportanceSampler):
+        print(f"Drawn by importance: {trainer.sampler.predicted()}.")
     trainer.tracker.save(output / "tracker.safetensors")
     # of the second half: what the first steps were like hides the rest
     second_half = trainer.tracker.since(options.optimizer.max_steps * trainer.accumulation // 2)

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from diffusers import DDPMPipeline, UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from options import Options
+from options import Options, SamplerOptions
 from snrweights.integrations.accelerate import SumOverProcesses
 from snrweights.integrations.checkpoint import (
     copy_whole,
@@ -129,7 +129,13 @@ class Trainer:
             "accumulation": self.accumulation,
         }
         if rule == "none":
+            self.refuse_importance_flags()
             return snrweights.TimestepSampler(self.process.schedule, density, **draws)
+        if weighting.batch_dependent and options.importance_mode == "resample":
+            raise SystemExit(
+                f"{weighting!r} takes its centre from what is drawn, which `--importance {rule}` moves, and with it "
+                "the objective: --set center=fixed, or --importance none."
+            )
         return snrweights.ImportanceSampler(
             self.process.schedule,
             rule,
@@ -140,6 +146,16 @@ class Trainer:
             reduce=SumOverProcesses(self.accelerator),
             **draws,
         )
+
+    def refuse_importance_flags(self) -> None:
+        """Refuse what would be ignored."""
+        for name in ("importance_mode", "importance_floor", "importance_refresh"):
+            value = getattr(self.options.sampler, name)
+            if value != getattr(SamplerOptions(), name):
+                flag = f"--{name.replace('_', '-')} {value}"
+                raise SystemExit(
+                    f"`{flag}` does nothing where timesteps are not drawn by importance: give --importance."
+                )
 
     def draw(self, images: Tensor, labels: Tensor, forward: int) -> tuple[Tensor, Tensor, Tensor]:
         """Flip images, drop labels, and draw noise for forward pass number ``forward``."""
@@ -187,7 +203,8 @@ class Trainer:
                 losses, log_snr, u = self.losses(images, noise, t, labels)
                 self.tracker.update(losses, log_snr, prediction_type=self.process.prediction_type)
                 weight = self.weight(t, losses.detach())
-                self.sampler.update(t, losses.detach(), weight=weight)
+                # of the gradient that is taken, which exp(-u) divides as well
+                self.sampler.update(t, losses.detach(), weight=weight if u is None else weight * torch.exp(-u.detach()))
                 losses = weight * losses
                 total += (factor * losses.detach()).mean() / accumulate
                 self.accelerator.backward((factor * (losses if u is None else with_uncertainty(losses, u))).mean())

@@ -165,6 +165,17 @@ def test_a_conditional_model_is_given_the_classes(tmp_path):
             SystemExit,
             "compares the losses of a whole step.*center=ema",
         ),
+        (
+            [*MEASURED, "center=batch", "--importance", "gradient"],
+            SystemExit,
+            "takes its centre from what is drawn.*--set center=fixed",
+        ),
+        (
+            ["--importance", "gradient", "--importance-floor", "0"],
+            SystemExit,
+            r"`--importance-floor` must be in \(0, 1\]",
+        ),
+        (["--importance-mode", "reweight"], SystemExit, "`--importance-mode reweight` does nothing.*give --importance"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path, monkeypatch, argv, error, said):
