@@ -251,14 +251,24 @@ class Trainer:
         """Return everything that a step changes, whole tensors; every process calls it."""
         averages = {f"ema.{i}": whole(value) for i, value in enumerate(self.ema.shadow_params)}
         self.tracker.sync()
-        self.sampler.sync()
         tracked = {f"tracker.{name}": value for name, value in self.tracker.state_dict().items()}
-        tracked |= {f"sampler.{name}": value for name, value in self.sampler.state_dict().items()}
+        tracked |= {f"sampler.{name}": value for name, value in self.sampler_state().items()}
         weight = {f"weight.{name}": value for name, value in self.weight.state_dict().items()}
         scaler = self.accelerator.scaler
         scale = {f"scaler.{key}": torch.tensor(value) for key, value in (scaler.state_dict() if scaler else {}).items()}
         learnt = model_and_optimizer_state(self.model, self.optimizer.optimizer)
         return {**learnt, **averages, **tracked, **weight, **scale, "running": self.accelerator.reduce(running, "mean")}
+
+    def sampler_state(self) -> dict[str, Tensor]:
+        """Return the sampler's state on every process, stacked: each has a history of losses of its own."""
+        self.sampler.sync()
+        device, gather = self.accelerator.device, self.accelerator.gather
+        return {name: gather(value.to(device)[None]).cpu() for name, value in self.sampler.state_dict().items()}
+
+    def restore_sampler(self, state: dict[str, Tensor]) -> None:
+        """Take over this process's part, or another's where there are more processes than there were."""
+        rank = self.accelerator.process_index
+        self.sampler.load_state_dict({name: value[rank % len(value)] for name, value in state.items()})
 
     def restore(self, step: int, state: dict[str, Tensor]) -> Tensor:
         """Take over the state of a checkpoint; return the running loss."""
@@ -270,7 +280,7 @@ class Trainer:
         for i, value in enumerate(self.ema.shadow_params):
             copy_whole(value, state[f"ema.{i}"])
         self.tracker.load_state_dict(_under("tracker.", state))
-        self.sampler.load_state_dict(_under("sampler.", state))
+        self.restore_sampler(_under("sampler.", state))
         self.weight.load_state_dict(_under("weight.", state))
         return state["running"].to(self.accelerator.device)
 
