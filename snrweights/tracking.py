@@ -247,7 +247,8 @@ class LossVarianceTracker:
             ValueError: the tracker forgets, with ``decay`` or ``window``.
         """
         if self.decay is not None or self.window is not None:
-            raise ValueError(f"`since` needs a tracker that forgets nothing, got decay {self.decay}, {self.window}.")
+            forgets = f"decay {self.decay} and window {self.window}"
+            raise ValueError(f"`since` needs a tracker that forgets nothing, got {forgets}.")
         earlier = [moments for at, moments in self._all_snapshots() if at <= step]
         return self._statistics(self._moments() - earlier[-1] if earlier else self._moments())
 
