@@ -222,12 +222,14 @@ def check_options(options: Options) -> None:
         ),
         "> 1": ("output.num_samples", "output.num_inference_steps"),
         "in [0, 1)": ("model.dropout", "model.class_dropout", "optimizer.ema_decay"),
+        "in (0, 1]": ("sampler.importance_floor",),
     }
     holds = {
         "> 0": lambda x: x > 0,
         ">= 0": lambda x: x >= 0,
         "> 1": lambda x: x > 1,
         "in [0, 1)": lambda x: 0 <= x < 1,
+        "in (0, 1]": lambda x: 0 < x <= 1,
     }
     for bound, names in bounds.items():
         for name in names:

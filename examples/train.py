@@ -239,7 +239,7 @@ def finish(options: Options, trainer: Trainer, data: Subset, log: MetricsLog, se
     facts = {}
     if isinstance(trainer.sampler, snrweights.ImportanceSampler):
         facts["sampling"] = asdict(trainer.sampler.predicted())
-        print(f"The sampler expects: {trainer.sampler.predicted()}.")
+        print(f"Drawn by importance: {trainer.sampler.predicted()}.")
     save_results(
         output / "results.json",
         method=options.weight.method,

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from diffusers import DDPMPipeline, UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from options import Options
+from options import Options, SamplerOptions
 from snrweights.integrations.accelerate import SumOverProcesses
 from snrweights.integrations.checkpoint import (
     copy_whole,
@@ -128,7 +128,13 @@ class Trainer:
             "accumulation": self.accumulation,
         }
         if rule == "none":
+            self.refuse_importance_flags()
             return snrweights.TimestepSampler(self.process.schedule, density, **draws)
+        if weighting.batch_dependent and options.importance_mode == "resample":
+            raise SystemExit(
+                f"{weighting!r} takes its centre from what is drawn, which `--importance {rule}` moves, and with it "
+                "the objective: --set center=fixed, or --importance none."
+            )
         return snrweights.ImportanceSampler(
             self.process.schedule,
             rule,
@@ -139,6 +145,16 @@ class Trainer:
             reduce=SumOverProcesses(self.accelerator),
             **draws,
         )
+
+    def refuse_importance_flags(self) -> None:
+        """Refuse what would be ignored."""
+        for name in ("importance_mode", "importance_floor", "importance_refresh"):
+            value = getattr(self.options.sampler, name)
+            if value != getattr(SamplerOptions(), name):
+                flag = f"--{name.replace('_', '-')} {value}"
+                raise SystemExit(
+                    f"`{flag}` does nothing where timesteps are not drawn by importance: give --importance."
+                )
 
     def draw(self, images: Tensor, labels: Tensor, forward: int) -> tuple[Tensor, Tensor, Tensor]:
         """Flip images, drop labels, and draw noise for forward pass number ``forward``."""
@@ -186,7 +202,8 @@ class Trainer:
                 losses, log_snr, u = self.losses(images, noise, t, labels)
                 self.tracker.update(losses, log_snr, prediction_type=self.process.prediction_type)
                 weight = self.weight(t, losses.detach())
-                self.sampler.update(t, losses.detach(), weight=weight)
+                # of the gradient that is taken, which exp(-u) divides as well
+                self.sampler.update(t, losses.detach(), weight=weight if u is None else weight * torch.exp(-u.detach()))
                 losses = weight * losses
                 total += (factor * losses.detach()).mean() / accumulate
                 self.accelerator.backward((factor * (losses if u is None else with_uncertainty(losses, u))).mean())
@@ -233,14 +250,24 @@ class Trainer:
         """Return everything that a step changes, whole tensors; every process calls it."""
         averages = {f"ema.{i}": whole(value) for i, value in enumerate(self.ema.shadow_params)}
         self.tracker.sync()
-        self.sampler.sync()
         tracked = {f"tracker.{name}": value for name, value in self.tracker.state_dict().items()}
-        tracked |= {f"sampler.{name}": value for name, value in self.sampler.state_dict().items()}
+        tracked |= {f"sampler.{name}": value for name, value in self.sampler_state().items()}
         weight = {f"weight.{name}": value for name, value in self.weight.state_dict().items()}
         scaler = self.accelerator.scaler
         scale = {f"scaler.{key}": torch.tensor(value) for key, value in (scaler.state_dict() if scaler else {}).items()}
         learnt = model_and_optimizer_state(self.model, self.optimizer.optimizer)
         return {**learnt, **averages, **tracked, **weight, **scale, "running": self.accelerator.reduce(running, "mean")}
+
+    def sampler_state(self) -> dict[str, Tensor]:
+        """Return the sampler's state on every process, stacked: each has a history of losses of its own."""
+        self.sampler.sync()
+        device, gather = self.accelerator.device, self.accelerator.gather
+        return {name: gather(value.to(device)[None]).cpu() for name, value in self.sampler.state_dict().items()}
+
+    def restore_sampler(self, state: dict[str, Tensor]) -> None:
+        """Take over this process's part, or another's where there are more processes than there were."""
+        rank = self.accelerator.process_index
+        self.sampler.load_state_dict({name: value[rank % len(value)] for name, value in state.items()})
 
     def restore(self, step: int, state: dict[str, Tensor]) -> Tensor:
         """Take over the state of a checkpoint; return the running loss."""
@@ -252,7 +279,7 @@ class Trainer:
         for i, value in enumerate(self.ema.shadow_params):
             copy_whole(value, state[f"ema.{i}"])
         self.tracker.load_state_dict(_under("tracker.", state))
-        self.sampler.load_state_dict(_under("sampler.", state))
+        self.restore_sampler(_under("sampler.", state))
         self.weight.load_state_dict(_under("weight.", state))
         return state["running"].to(self.accelerator.device)
 

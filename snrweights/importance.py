@@ -224,7 +224,8 @@ class ImportanceSampler(TimestepSampler):
         square = loss if gradient_square is None else torch.where(gradient_square < 0, torch.nan, gradient_square)
         if weight is not None:
             loss, square = loss * weight, square * weight.square()
-        if self._fades:  # by samples: with few of them in a batch, bins would otherwise never see enough
+        if self._fades and self.evidence.decay is None:  # type: ignore[union-attr]
+            # by samples: with few of them in a batch, bins would otherwise never see enough
             batch = len(t) * self._options["world_size"]
             self.evidence.decay = math.exp(-batch / (MEMORY * len(self._mass)))  # type: ignore[union-attr]
         self.evidence.update(loss, self.schedule.log_snr(t), gradient_square=square)

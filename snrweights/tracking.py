@@ -181,7 +181,7 @@ class LossVarianceTracker:
     def snapshot(self, step: int) -> None:
         """Keep the moments as they are now under a step: with ``reduce`` of all processes, a collective like ``sync``.
 
-        Of more than 256 snapshots every second is dropped.
+        Of more than 256 snapshots every second is dropped, but for the first and the last two.
         """
         if self.reduce is not None:
             self.sync()
@@ -190,7 +190,7 @@ class LossVarianceTracker:
     def _keep(self, step: int, moments: Tensor) -> None:
         self.snapshots.append((step, moments))
         if len(self.snapshots) > _MOST_SNAPSHOTS:
-            del self.snapshots[::2]
+            del self.snapshots[1:-2:2]  # not the last two, between which `since` counts
 
     def _moments(self) -> Tensor:
         return self._before + self._faded(self.updates) + self._pending
@@ -252,7 +252,8 @@ class LossVarianceTracker:
             ValueError: the tracker forgets, with ``decay`` or ``window``.
         """
         if self.decay is not None or self.window is not None:
-            raise ValueError(f"`since` needs a tracker that forgets nothing, got decay {self.decay}, {self.window}.")
+            forgets = f"decay {self.decay} and window {self.window}"
+            raise ValueError(f"`since` needs a tracker that forgets nothing, got {forgets}.")
         earlier = [moments for at, moments in self._all_snapshots() if at <= step]
         return self._statistics(self._moments() - earlier[-1] if earlier else self._moments())
 

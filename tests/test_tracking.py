@@ -342,6 +342,13 @@ def test_snapshots_take_a_bounded_memory():
     assert steps[-1] == 1000
 
 
+def test_the_last_two_snapshots_are_never_dropped():
+    tracker = LossVarianceTracker(bins=1, snapshot_every=1)
+    for update in range(1, 600):
+        tracker.update(torch.ones(1), torch.zeros(1))
+        assert tracker.since(update - 1).count.item() == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

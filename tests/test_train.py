@@ -165,6 +165,17 @@ def test_a_conditional_model_is_given_the_classes(tmp_path):
             SystemExit,
             "compares the losses of a whole step.*center=ema",
         ),
+        (
+            [*MEASURED, "center=batch", "--importance", "gradient"],
+            SystemExit,
+            "takes its centre from what is drawn.*--set center=fixed",
+        ),
+        (
+            ["--importance", "gradient", "--importance-floor", "0"],
+            SystemExit,
+            r"`--importance-floor` must be in \(0, 1\]",
+        ),
+        (["--importance-mode", "reweight"], SystemExit, "`--importance-mode reweight` does nothing.*give --importance"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path, monkeypatch, argv, error, said):
@@ -279,6 +290,28 @@ def test_micro_batches_of_a_step_have_the_weights_of_one_batch():
         weights = torch.cat([trainer.weight(part) for part in t])
     everywhere = torch.cat([*(part.t for part in drawn(0)), *t])
     torch.testing.assert_close(weights, bound()(everywhere)[12:], rtol=1e-6, atol=0)
+
+
+def test_each_process_resumes_its_own_history_of_losses():
+    options = options_of_train()
+    options.sampler.importance = "loss_second_moment"
+    trainer, states = stub_trainer(options), []
+
+    def on(rank, gather):
+        trainer.accelerator = OneOf(rank, 2)
+        trainer.accelerator.gather, trainer.accelerator.reduce = gather, lambda own, reduction: own
+        trainer.sampler = trainer.make_sampler(get_weighting("ddpm"))
+        return trainer
+
+    for rank in (0, 1):
+        of_one = on(rank, lambda own: own)
+        of_one.sampler.update(torch.tensor([5]), torch.tensor([1.0 + rank]))
+        states.append(of_one.sampler_state())
+    together = {name: torch.cat([state[name] for state in states]) for name in states[0]}
+    for rank in (0, 1):
+        resumed = on(rank, lambda own: own)
+        resumed.restore_sampler(together)
+        assert resumed.sampler.state_dict()["evidence.losses"].max() == 1 + rank
 
 
 @pytest.mark.parametrize("draws", ["independent", "antithetic", "stratified"])

@@ -9,7 +9,7 @@ from diffusers import DDPMPipeline
 from safetensors.torch import load_file, save_file
 from training import TINY, assert_bit_equal, final_state, main
 
-from snrweights import LearnedUncertainty, LossVarianceTracker, as_schedule, get_weighting
+from snrweights import ImportanceSampler, LearnedUncertainty, LossVarianceTracker, as_schedule, get_weighting
 from snrweights.plots import plot_uncertainty
 from snrweights.uncertainty import with_uncertainty
 
@@ -202,6 +202,19 @@ def test_resumed_it_ends_bit_equal(run, tmp_path):
     assert_bit_equal(final_state(run, 4), final_state(tmp_path, 4))
     one, two = (LearnedUncertainty.load(path / "uncertainty.safetensors") for path in (run, tmp_path))
     assert_bit_equal(one.state_dict(), two.state_dict())
+
+
+@pytest.mark.slow
+def test_a_sampler_learns_from_the_gradient_that_is_taken(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ImportanceSampler, "update", lambda self, t, loss, *, weight: seen.append((t, weight)))
+    argv = [*TINY, "--max-steps", "4", "--learning-rate", "0.02", "--lr-warmup-steps", "1", "--importance", "gradient"]
+    argv += ["--method", "p2", "--set", "k=30", "--normalize", "none", "--learned-uncertainty"]
+    main([*argv, "--output-dir", str(tmp_path)])
+    weight = get_weighting("p2", k=30).bind("linear", prediction_type="epsilon")
+    u = [-(given / weight(t)).log() for t, given in seen]
+    assert u[0] == pytest.approx(torch.zeros(4), abs=1e-6)  # u starts at 0
+    assert u[-1].mean() < -0.01
 
 
 @pytest.mark.slow
