@@ -197,16 +197,23 @@ def table(rows: list[Row]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def figure(case: Case, evidence: Evidence, rows: list[Row]) -> Figure:
+def densities(case: Case, evidence: Evidence) -> dict[str, list[float]]:
+    """Return by sampler its density over log-SNR in bins, and under ``edges`` those of the bins."""
+    drawn = {
+        name: density_of(sampler, evidence)
+        for name, draws, sampler in make_samplers(case, evidence)
+        if draws == "independent"
+    }
+    return {"edges": drawn["base"][1].tolist()} | {name: density.tolist() for name, (density, _) in drawn.items()}
+
+
+def figure(drawn: dict[str, list[float]], rows: list[Row]) -> Figure:
     """Draw where each sampler draws, and what was predicted beside what was measured."""
     result = Figure(figsize=(11, 4.2), layout="constrained", dpi=150)
     left, right = result.subplots(1, 2)
-    for name, draws, sampler in make_samplers(case, evidence):
-        if draws == "independent":
-            density, edges = density_of(sampler, evidence)
-            left.stairs(density, edges, color=COLOURS[name], lw=1.6, label=name)
+    for name, colour in COLOURS.items():
+        left.stairs(drawn[name], drawn["edges"], color=colour, lw=1.6, label=name)
     left.set(title="where timesteps are drawn", xlabel="log-SNR   (noise  ←   → clean)", ylabel="density")
-    left.legend(frameon=False, fontsize=9)
     for place, row in enumerate(rows):
         colour = COLOURS[row.sampler]
         right.barh(place, row.measured, 0.62, color=colour, alpha=0.45, label="measured" if place == 0 else None)
@@ -218,8 +225,8 @@ def figure(case: Case, evidence: Evidence, rows: list[Row]) -> Figure:
     right.set(
         title="variance of the parameters' gradient", xlabel="trace of the covariance, ratio (± 2 standard errors)"
     )
-    right.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
     for ax in (left, right):
+        ax.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
     return result
@@ -247,7 +254,8 @@ def main(argv: list[str] | None = None) -> None:
     batch_size, trained = options.optimizer.train_batch_size, time.perf_counter() - began
     evidence = collect(case, settings.samples)
     rows = study(case, evidence, batch_size, settings.groups, settings.batches)
-    save(figure(case, evidence, rows), output / "figure.png")
+    drawn = densities(case, evidence)
+    save(figure(drawn, rows), output / "figure.png")
     write_text(output / "table.md", table(rows))
     save_results(
         output / "results.json",
@@ -258,6 +266,7 @@ def main(argv: list[str] | None = None) -> None:
         batch_size=batch_size,
         training_seconds=round(trained, 1),
         seconds=round(time.perf_counter() - began, 1),
+        densities=drawn,
         rows=[asdict(row) | {"error": row.error, "own_error": row.own_error} for row in rows],
     )
     print(table(rows))

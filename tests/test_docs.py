@@ -106,3 +106,9 @@ def test_the_guide_to_scripts_has_every_model_and_every_option():
     launch.add_arguments(parser)
     flags = {option for action in parser._actions for option in action.option_strings} - {"-h", "--help"}
     assert sorted(flag for flag in flags if f"`{flag}" not in guide) == []
+
+
+@pytest.mark.parametrize("study", ["digits-ddpm", "digits-edm"])
+def test_the_guide_to_samplers_has_the_tables_of_the_study(study):
+    table = ROOT / "examples" / "results" / "gradient-variance" / study / "table.md"
+    assert table.read_text() in (ROOT / "examples" / "guides" / "samplers.md").read_text()

@@ -54,6 +54,9 @@ def test_a_sampler_by_parameter_gradients_is_predicted_within_15_percent(studied
     assert [row.draws for row in rows] == ["independent", "stratified"]
     assert all(row.measured + 4 * row.standard_error < 0.5 for row in rows)  # 1 would not do as a prediction
     assert all(abs(row.error) < 0.15 for row in rows)
+    own = rows[0].own["ratio"]  # of the same gradients, by the sampler's bins
+    assert own == pytest.approx(rows[0].second_moment, rel=1e-5)
+    assert abs(own / rows[0].measured - 1) < 0.15
 
 
 def test_parameter_gradients_predict_every_sampler(studied):
@@ -145,6 +148,10 @@ def test_the_script_writes_what_it_found_and_says_a_miss(tmp_path, monkeypatch, 
     table = (tmp_path / "table.md").read_text()
     assert table in capsys.readouterr().out
     assert len(table.splitlines()) == 2 + len(results["rows"])
+    widths = torch.tensor(results["densities"].pop("edges")).diff()
+    assert list(results["densities"]) == ["base", "loss_second_moment", "gradient", "parameter_gradient"]
+    for density in results["densities"].values():
+        assert float((torch.tensor(density) * widths).sum()) == pytest.approx(1, abs=1e-4)
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 

@@ -105,7 +105,7 @@ class Auto(Weighting):
         return dataclasses.replace(self, data_variance=schedule.sigma_data**2)
 
     def own_density(self, prediction_type: str) -> Density | None:
-        """Return the logistic density for EDM's network, on which the weight is then constant."""
+        """Return the logistic density for EDM's network: with sigma_data² = data_variance its weight is constant."""
         if prediction_type != "edm" or self.data_variance is None:
             return None
         return Logistic(-math.log(self.data_variance))
