@@ -33,7 +33,7 @@ class Rule:
         root: from statistics of the weighted losses to a number >= 0 per bin.
         of: whose second moment is least under it, for people.
         floor: default share of p in q.
-        history: keep that many last losses of every bin (every timestep of a discrete schedule) and draw from p until
+        history: keep that many last losses of every bin (of uniform timesteps: of each) and draw from p until
             all have as many; None: moments that fade.
     """
 
@@ -225,7 +225,7 @@ class ImportanceSampler(TimestepSampler):
         if weight is not None:
             loss, square = loss * weight, square * weight.square()
         if self._fades and self.evidence.decay is None:  # type: ignore[union-attr]
-            # by samples: with few of them in a batch, bins would otherwise never see enough
+            # by samples, as many as the first batch has: bins would never see enough of small batches otherwise
             batch = len(t) * self._options["world_size"]
             self.evidence.decay = math.exp(-batch / (MEMORY * len(self._mass)))  # type: ignore[union-attr]
         self.evidence.update(loss, self.schedule.log_snr(t), gradient_square=square)
