@@ -47,7 +47,8 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
             path = Path(getattr(arguments, name)).resolve()
             path.parent.mkdir(parents=True, exist_ok=True)
             setattr(arguments, name, path)
-    unused: dict[str, Any] = dict.fromkeys(("density", "normalize", "clamp_max", "sample_mask", "track", "report"))
+    names = ("density", "normalize", "clamp_max", "sample_mask", "sampler", "track", "report")
+    unused: dict[str, Any] = dict.fromkeys(names)
     arguments = argparse.Namespace(
         **(unused | vars(arguments)), method="none", audit=arguments.steps, on_double_weighting="ignore", force=True
     )
