@@ -99,7 +99,8 @@ class ImportanceSampler(TimestepSampler):
       our reading, second-hand).
 
     Feed it with ``update`` after every batch; old losses fade, so that a bin counts 100 on average. On several
-    processes give ``reduce``: statistics are then summed over them at every refresh, a collective inside ``draw`` that the host waits for.
+    processes give ``reduce``: statistics are then summed over them at every refresh, a collective inside ``draw`` that
+    the host waits for.
 
     Args:
         schedule: whatever ``as_schedule`` reads.

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 STEPS = 4
 COMMON = [*TINY, "--dropout", "0", "--max-steps", str(STEPS), "--checkpointing-steps", "2", "--num-samples", "6"]
 COMMON += ["--eval-batch-size", "2", "--random-flip", "--logging-steps", "1", "--lr-warmup-steps", "100"]
-COMMON += ["--importance", "gradient", "--importance-refresh", "2", "--draws", "stratified"]
+IMPORTANCE = ["--importance", "gradient", "--importance-refresh", "2", "--draws", "stratified"]
 FSDP = Path(__file__).with_name("fsdp_on_cpu.py")
 
 
@@ -32,14 +32,14 @@ def two(output, *argv, script=()):
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     output = tmp_path_factory.mktemp("one") / "run"
-    main([*COMMON, "--train-batch-size", "8", "--output-dir", str(output)])
+    main([*COMMON, *IMPORTANCE, "--train-batch-size", "8", "--output-dir", str(output)])
     return output
 
 
 @pytest.fixture(scope="module", params=[(), (FSDP,)], ids=["ddp", "fsdp"])
 def both(request, tmp_path_factory):
     output = tmp_path_factory.mktemp("two") / "run"
-    two(output, "--train-batch-size", "4", script=request.param)
+    two(output, *IMPORTANCE, "--train-batch-size", "4", script=request.param)
     return output, request.param
 
 
@@ -51,6 +51,8 @@ def test_losses_weights_and_statistics_are_equal_to_float_tolerance(one, both):
     first, second = final_state(one, STEPS), final_state(both[0], STEPS)
     assert first.keys() == second.keys()
     for name in first:
+        if name.startswith("sampler."):  # a row for each process, all of which know what both have seen
+            second[name] = second[name][:1]
         # Adam turns rounding of gradients near 0 into steps of up to the learning rate: 2e-4 over the four
         torch.testing.assert_close(
             first[name], second[name], rtol=1e-4, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}"
@@ -80,7 +82,7 @@ def test_resumed_it_ends_bit_equal(both, tmp_path):
     (resumed / "checkpoints").mkdir(parents=True)
     (resumed / "checkpoints" / "step-00000002").symlink_to(run / "checkpoints" / "step-00000002")
     (resumed / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
-    two(resumed, "--train-batch-size", "4", "--resume", "latest", script=script)
+    two(resumed, *IMPORTANCE, "--train-batch-size", "4", "--resume", "latest", script=script)
     first, second = final_state(run, STEPS), final_state(resumed, STEPS)
     different = [name for name in first if not torch.equal(first[name], second[name])]
     # a process's share of the statistics and of the running loss is summed in another order
@@ -117,5 +119,5 @@ def test_sampling_alone_gives_bit_equal_images_on_one_and_two_processes(one, tmp
     resumed = tmp_path / "run"
     (resumed / "checkpoints").mkdir(parents=True)
     (resumed / "checkpoints" / "step-00000004").symlink_to(one / "checkpoints" / "step-00000004")
-    two(resumed, "--train-batch-size", "4", "--resume", "latest")
+    two(resumed, *IMPORTANCE, "--train-batch-size", "4", "--resume", "latest")
     assert (resumed / "samples.png").read_bytes() == (one / "samples.png").read_bytes()
