@@ -82,7 +82,9 @@ class OptimalLossCurve:
         slack = 1e-12
         if not bool(((wanted >= low * (1 - slack)) & (wanted <= high * (1 + slack))).all()):
             raise ValueError(f"`sigmas` must lie in [{low:g}, {high:g}], where the curve is, got {sigmas}.")
-        log_value = _monotone_cubic(self.sigmas.log(), self._rising().log(), wanted.log().clamp_min(self.sigmas[0].log()))
+        log_value = _monotone_cubic(
+            self.sigmas.log(), self._rising().log(), wanted.log().clamp_min(self.sigmas[0].log())
+        )
         log_ratio = log_error_ratio(prediction_type, -2 * wanted.log(), sigma_data)
         value = (log_value + log_ratio).exp()
         return value / self.made["dim"] if reduction == "mean" else value

@@ -52,9 +52,7 @@ def dense_sums(d: Tensor, e: Tensor, inv: Tensor) -> Sums:
     return torch.stack([plus.sum(1), minus.sum(1)]), torch.stack([(plus * d).sum(1), (minus * d).sum(1)])
 
 
-def level_sums(
-    d: Tensor, e: Tensor, inv: Tensor, dense: Callable[[Tensor, Tensor, Tensor], Sums] = dense_sums
-) -> Sums:
+def level_sums(d: Tensor, e: Tensor, inv: Tensor, dense: Callable[[Tensor, Tensor, Tensor], Sums] = dense_sums) -> Sums:
     """Return Σ_n k and Σ_n k d (2, L, M), float64, at levels ``inv`` (L,) in increasing order.
 
     A pair whose kernel is negligible at a level, inv |e| - inv² d / 2 < -60, is negligible at every smaller sigma, so
@@ -62,7 +60,9 @@ def level_sums(
     """
     total = [torch.zeros(2, len(inv), len(d), dtype=torch.float64, device=d.device) for _ in range(2)]
     for start in range(0, len(d), step := max(1, _TILE // d.shape[1])):
-        for out, tile in zip(total, _tile_sums(d[start : start + step], e[start : start + step], inv, dense), strict=True):
+        for out, tile in zip(
+            total, _tile_sums(d[start : start + step], e[start : start + step], inv, dense), strict=True
+        ):
             out[:, :, start : start + step] = tile
     return total[0], total[1]
 

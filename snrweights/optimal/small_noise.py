@@ -110,9 +110,7 @@ def _partners(reference: ReferenceSet, group: range, first: Tensor, uniform: Ten
     return group.start + torch.searchsorted(sums, wanted).squeeze(1).clamp_max(len(group) - 1).cpu()
 
 
-def _h(
-    reference: ReferenceSet, group: range, first: Tensor, second: Tensor, noise: Tensor, sigma: float
-) -> Tensor:
+def _h(reference: ReferenceSet, group: range, first: Tensor, second: Tensor, noise: Tensor, sigma: float) -> Tensor:
     """Return √(p_g p_n) / Σ p at the mid-points ± s eps (M,), averaged over the signs.
 
     Of g and n the nearer to x serves as the source: its kernel is 1 and the other's is exp(-|eps·(x_n - x_g)| / s).
