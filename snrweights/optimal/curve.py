@@ -56,7 +56,7 @@ class OptimalLossCurve:
     ) -> Tensor:
         """Return J at ``sigmas`` (any shape), float64, as the loss of a target: J ||e_y||² / ||e_x0||².
 
-        Between levels ln J is interpolated in ln sigma by the monotone cubic of Fritsch and Carlson, through the
+        Between levels ln J is interpolated in ln sigma by the monotone cubics, through the
         values made non-decreasing, as J is.
 
         Args:
@@ -108,7 +108,7 @@ class OptimalLossCurve:
             >>> levels = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
             >>> curve = OptimalLossCurve(levels, levels**2, 0 * levels, ("pairs",) * 3, levels, {"dim": 1})
             >>> curve.bin_means(torch.tensor([-2.0, -1.0, 0.0]), "epsilon")
-            tensor([1., 1.], dtype=torch.float64)
+            tensor([1.0000, 1.0000], dtype=torch.float64)
         """
         edges = torch.as_tensor(edges, dtype=torch.float64).cpu()
         share, weight = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(_POINTS_PER_BIN))
@@ -173,17 +173,22 @@ class OptimalLossCurve:
 
 
 def _monotone_cubic(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
-    """Interpolate y (L,) over increasing x (L,) by cubics that are monotone where y is (Fritsch & Carlson 1980)."""
+    """Interpolate y (L,), never falling, over increasing x (L,) by cubics that never fall.
+
+    Tangents are those of the parabola through three neighbours, held in [0, 3 times the smaller slope beside them],
+    which suffices (Fritsch & Carlson 1980; Hyman 1983).
+    """
     if len(x) == 1:
         return y.expand(at.shape)
     step = x.diff()
     slope = y.diff() / step
-    tangent = torch.cat([slope[:1], torch.zeros(len(x) - 2, dtype=x.dtype), slope[-1:]])
-    if len(x) > 2:  # the harmonic mean of the slopes, weighted by the steps, is at most 3 times either
-        left, right = 2 * step[1:] + step[:-1], step[1:] + 2 * step[:-1]
-        same = slope[:-1] * slope[1:] > 0
-        mean = (left + right) / (left / slope[:-1] + right / slope[1:])
-        tangent[1:-1] = torch.where(same, mean, 0.0)
+    tangent = torch.cat([slope[:1], slope[-1:]])
+    if len(x) > 2:
+        bend = slope.diff() / (step[1:] + step[:-1])
+        inner = slope[:-1] + step[:-1] * bend
+        tangent = torch.cat([slope[:1] - step[:1] * bend[:1], inner, slope[-1:] + step[-1:] * bend[-1:]])
+    smaller = torch.minimum(torch.cat([slope[:1], slope]), torch.cat([slope, slope[-1:]]))
+    tangent = torch.minimum(tangent.clamp_min(0), 3 * smaller)
     i = (torch.bucketize(at.contiguous(), x, right=True) - 1).clamp(0, len(x) - 2)
     t, h = (at - x[i]) / step[i], step[i]
     ends = (1 + 2 * t) * (1 - t) ** 2 * y[i] + t**2 * (3 - 2 * t) * y[i + 1]

@@ -1,4 +1,4 @@
-"""The reference set: the data as rows, centred, by label and with mirror images, read in chunks without a copy of it."""
+"""The reference set: data as rows, centred, by label and with mirror images, read in chunks without a copy of it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The estimators of Xu et al. 2025 (arXiv 2506.13763), level by level, to compare with: full AB, SNIS, DOL and cDOL.
 
-All are ``A - E||x_hat||²`` with A = E||x0||² of the centred data and x_hat the posterior mean over the full set or over a
-random subset. ``optimal_loss`` is exact over the full set and cheaper than any of them; use these for parity only.
+All are ``A - E||x_hat||²`` with A = E||x0||² of the centred data and x_hat the posterior mean over the full set or a
+random subset of it. ``optimal_loss`` is exact over the full set and more precise for less; use these for parity only.
 """
 
 from __future__ import annotations
