@@ -10,7 +10,7 @@ import torch
 from snrweights.optimal import OptimalLossCurve, optimal_loss
 from snrweights.optimal.controls import controls, regressed
 from snrweights.optimal.estimator import PairSums, pair_sums
-from snrweights.optimal.pairs import distances, level_sums
+from snrweights.optimal.pairs import Draws, distances, level_sums
 from snrweights.optimal.reference import ReferenceSet
 from snrweights.optimal.subsets import subset_optimal_loss
 from snrweights.seeds import generator
@@ -52,11 +52,11 @@ def test_the_seed_gives_the_bits():
 
 def test_sums_over_parts_of_the_points_add_up():
     x, noise = normal(40, 3), normal(9, 3, seed=1)
-    inv, draws = SIGMAS.reciprocal().flip(0), torch.arange(9)
+    inv, draws, drawn = SIGMAS.reciprocal().flip(0), torch.arange(9), Draws(x[:9], noise)
     whole, left, right = (PairSums.zeros(4, 9, x.device) for _ in range(3))
-    whole.add(x, x[:9], noise, inv, draws)
-    left.add(x[:15], x[:9], noise, inv, draws)
-    right.add(x[15:], x[:9], noise, inv, draws)
+    whole.add(x, drawn, inv, draws)
+    left.add(x[:15], drawn, inv, draws)
+    right.add(x[15:], drawn, inv, draws)
     left.merge(right)
     torch.testing.assert_close(left.values(), whole.values(), rtol=1e-13, atol=0)
     assert torch.equal(left.twins, whole.twins)
@@ -66,7 +66,7 @@ def test_sums_over_parts_of_the_points_add_up():
 def test_every_draw_is_half_the_posterior_mean_of_d():
     x, noise = normal(40, 3), normal(9, 3, seed=1)
     sums = PairSums.zeros(4, 9, x.device)
-    sums.add(x, x[:9], noise, SIGMAS.reciprocal().flip(0), torch.arange(9))
+    sums.add(x, Draws(x[:9], noise), SIGMAS.reciprocal().flip(0), torch.arange(9))
     d = torch.cdist(x[:9], x).square()
     for level, sigma in enumerate(SIGMAS.flip(0)):
         both = [(posterior(x, x[:9], sign * noise, sigma) * d).sum(1) / 2 for sign in (1, -1)]
@@ -194,7 +194,7 @@ def test_near_duplicates_far_from_the_origin_in_single_precision():
     noise = normal(64, 768, seed=2).float()
     inv = torch.tensor([1 / 0.002], dtype=torch.float64)
     found = PairSums.zeros(1, 64, x.device)
-    found.add(x, x[:64], noise, inv, torch.arange(64))
+    found.add(x, Draws(x[:64], noise), inv, torch.arange(64))
     d = (x.double()[:64, None] - x.double()).square().sum(2)
     e = ((x.double() - x.double()[:64, None]) * noise.double()[:, None]).sum(2)
     w = [(sign * e / 0.002 - d / (2 * 0.002**2)).softmax(1) for sign in (1, -1)]
@@ -209,7 +209,7 @@ def test_near_duplicates_far_from_the_origin_in_single_precision():
 def test_distances_are_exact_for_the_source_and_its_twins():
     x = normal(30, 50).float()
     x[7] = x[3]
-    d, e, twins = distances(x, x[[3, 5]], normal(2, 50, seed=1).float())
+    d, e, twins = distances(x, Draws(x[[3, 5]], normal(2, 50, seed=1).float()))
     assert d[0, 3] == d[0, 7] == d[1, 5] == e[0, 3] == e[0, 7] == e[1, 5] == 0
     assert twins.tolist() == [2, 1]
 

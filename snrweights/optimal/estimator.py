@@ -11,7 +11,7 @@ from torch import Tensor
 
 from snrweights.optimal.controls import controls, regressed
 from snrweights.optimal.curve import OptimalLossCurve
-from snrweights.optimal.pairs import distances, level_sums
+from snrweights.optimal.pairs import Draws, distances, level_sums
 from snrweights.optimal.reference import ReferenceSet
 from snrweights.optimal.small_noise import SMALL_NOISE, importance, pair_bound
 from snrweights.seeds import generator
@@ -42,13 +42,13 @@ class PairSums:
         empty = torch.zeros(2, levels, draws, dtype=torch.float64, device=device)
         return cls(empty, empty.clone(), torch.zeros(draws, dtype=torch.int64, device=device))
 
-    def add(self, rows: Tensor, sources: Tensor, noise: Tensor, inv: Tensor, draws: Tensor) -> None:
-        """Add points (n, D) as seen by the draws with the given numbers, of sources and noise (M', D)."""
-        d, e, twins = distances(rows, sources, noise)
+    def add(self, rows: Tensor, draws: Draws, inv: Tensor, numbers: Tensor) -> None:
+        """Add points (n, D) as seen by some draws, their numbers (M',), at levels ``inv`` = 1 / sigma, increasing."""
+        d, e, twins = distances(rows, draws)
         kernels, weighted = level_sums(d, e, inv)
-        self.kernels[:, :, draws] += kernels
-        self.distances[:, :, draws] += weighted
-        self.twins[draws] += twins
+        self.kernels[:, :, numbers] += kernels
+        self.distances[:, :, numbers] += weighted
+        self.twins[numbers] += twins
 
     def merge(self, other: PairSums) -> None:
         """Add the sums over other points of the same draws."""
@@ -166,8 +166,9 @@ def pair_sums(
         if not len(drawn):
             continue
         member = drawn.to(sources.device)
+        draws = Draws(sources[member], noise[member])
         for points, rows in reference.chunks(group):
-            sums.add(rows, sources[member], noise[member], inv, member)
+            sums.add(rows, draws, inv, member)
             report("draws", points.stop / reference.size)
     report("draws", 1.0)
     return sums

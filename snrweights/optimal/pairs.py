@@ -17,29 +17,44 @@ _NEAR = 20 / 1e-3
 _ROUNDING = 1.25  # of d, in machine epsilons of ||x_n||² + ||x_g||²
 _NUMBERS_AT_ONCE = 2**22
 _NEGLIGIBLE = 60.0  # e^-60 of the source's own kernel
-_TILE = 2**17  # pairs at a time: what stays in the cache
+_TILE = 2**18  # pairs at a time: what stays in the cache
 
 Sums = tuple[Tensor, Tensor]
 
 
-def distances(rows: Tensor, sources: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return d (M, n), e (M, n) and the number of points at distance 0 (M,), of rows (n, D) from M draws (M, D).
+class Draws:
+    """Sources x_g and noise eps of M draws, (M, D) each, with what every chunk of points needs of them.
+
+    Args:
+        sources: rows of the reference set.
+        noise: eps, or None where only distances are wanted.
+    """
+
+    def __init__(self, sources: Tensor, noise: Tensor | None = None) -> None:
+        self.sources, self.noise = sources, sources[:0] if noise is None else noise
+        self.stacked = torch.cat([sources, self.noise])
+        self.squares = sources.square().sum(1)
+        self.along = (self.noise * sources[: len(self.noise)]).sum(1)
+
+
+def distances(rows: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+    """Return d (M, n), e (M, n) and the number of points at distance 0 (M,), of rows (n, D); e is (0, n) without noise.
 
     Two matrix products; near pairs, the source itself among them, are done again in float64.
     """
-    products = torch.cat([sources, noise]) @ rows.T
-    inner, e = products.chunk(2)
+    products = draws.stacked @ rows.T
+    inner, e = products[: len(draws.sources)], products[len(draws.sources) :]
     row_squares = rows.square().sum(1)
-    source_squares = sources.square().sum(1)
-    d = (row_squares + source_squares[:, None]).sub_(inner, alpha=2)
-    e = e - (noise * sources).sum(1, keepdim=True)
-    near = d < _NEAR * _ROUNDING * torch.finfo(d.dtype).eps * (row_squares.max() + source_squares[:, None])
-    zeros = torch.zeros(len(sources), dtype=torch.int64, device=d.device)
+    d = inner.mul_(-2).add_(row_squares).add_(draws.squares[:, None])
+    e -= draws.along[:, None]
+    near = d < _NEAR * _ROUNDING * torch.finfo(d.dtype).eps * (row_squares.max() + draws.squares[:, None])
+    zeros = torch.zeros(len(d), dtype=torch.int64, device=d.device)
     for m, n in zip(*(i.split(max(1, _NUMBERS_AT_ONCE // rows.shape[1])) for i in near.nonzero().T), strict=True):
-        difference = rows[n].double() - sources[m].double()
+        difference = rows[n].double() - draws.sources[m].double()
         exact = difference.square().sum(1)
         d[m, n] = exact.to(d.dtype)
-        e[m, n] = (difference * noise[m].double()).sum(1).to(e.dtype)
+        if len(e):
+            e[m, n] = (difference * draws.noise[m].double()).sum(1).to(e.dtype)
         zeros.index_add_(0, m, (exact == 0).long())
     return d, e, zeros
 

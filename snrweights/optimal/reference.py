@@ -108,9 +108,9 @@ class ReferenceSet:
         """Return what identifies the set: a SHA-256 of the data and labels, sizes and scale."""
         digest = hashlib.sha256(str((self._data.dtype, tuple(self._data.shape))).encode())
         for part in self._data.split(self.chunk):
-            digest.update(part.cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         if self._order is not None:
-            digest.update(self._order.numpy())
+            digest.update(self._order.numpy().tobytes())
         return {
             "data": digest.hexdigest(),
             "points": self.size,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from snrweights.optimal.pairs import distances, level_sums
+from snrweights.optimal.pairs import Draws, distances, level_sums
 from snrweights.optimal.reference import ReferenceSet
 from snrweights.seeds import generator
 
@@ -39,22 +39,41 @@ class PairBound:
 
 
 def pair_bound(reference: ReferenceSet, sigmas: Tensor, report: _Report) -> PairBound:
-    """Return the bound and its sums at ``sigmas`` (L,), from all pairs of the reference set."""
+    """Return the bound and its sums at ``sigmas`` (L,), increasing, from all pairs of the reference set."""
     rows = torch.zeros(len(sigmas), reference.size, dtype=torch.float64)
     for group in reference.groups:
         for own, left in reference.chunks(group):
+            draws = Draws(left)
             for other, right in reference.chunks(range(own.start, group.stop)):
-                terms = _bound_terms(distances(right, left, torch.zeros_like(left))[0], sigmas)
-                rows[:, own.start : own.stop] += terms.sum(2).cpu()
+                by_left, by_right = _bound_sums(distances(right, draws)[0], sigmas)
+                rows[:, own.start : own.stop] += by_left.cpu()
                 if other.start != own.start:  # the tile beyond the diagonal, by symmetry
-                    rows[:, other.start : other.stop] += terms.sum(1).cpu()
+                    rows[:, other.start : other.stop] += by_right.cpu()
             report("pairs", own.stop / reference.size)
     return PairBound(sigmas, rows)
 
 
-def _bound_terms(d: Tensor, sigmas: Tensor) -> Tensor:
-    d = d.double()
-    return d * torch.exp(-d / (8 * sigmas.to(d.device)[:, None, None] ** 2))
+def _bound_sums(d: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Σ d e^{-d/8s²} of d (M, n) over n, (L, M), and over M, (L, n); few pairs are near enough to count."""
+    by_row, by_column = (torch.zeros(len(sigmas), size, dtype=torch.float64, device=d.device) for size in d.shape)
+    row, column = (d < _reach(sigmas[-1])).nonzero(as_tuple=True)
+    d = d[row, column].double()
+    for level in range(len(sigmas) - 1, -1, -1):
+        near = d < _reach(sigmas[level])
+        d, row, column = d[near], row[near], column[near]
+        terms = _bound_terms(d, float(sigmas[level]))
+        by_row[level].index_add_(0, row, terms)
+        by_column[level].index_add_(0, column, terms)
+    return by_row, by_column
+
+
+def _reach(sigma: Tensor) -> float:
+    """Return the d at which e^{-d/8s²} leaves float64."""
+    return 8 * 745 * float(sigma) ** 2
+
+
+def _bound_terms(d: Tensor, sigma: float) -> Tensor:
+    return d * torch.exp(-d / (8 * sigma**2))
 
 
 def importance(
@@ -98,13 +117,9 @@ def _share_of_middle(
 
 def _partners(reference: ReferenceSet, group: range, first: Tensor, uniform: Tensor, sigma: float) -> Tensor:
     """Return positions n (M,) drawn with probability ∝ d e^{-d/8s²} of their distance to the rows ``first``."""
-    terms = torch.cat(
-        [
-            _bound_terms(distances(rows, first, torch.zeros_like(first))[0], torch.tensor([sigma]).double())[0]
-            for _, rows in reference.chunks(group)
-        ],
-        dim=1,
-    )
+    draws = Draws(first)
+    near = [distances(rows, draws)[0].double() for _, rows in reference.chunks(group)]
+    terms = _bound_terms(torch.cat(near, dim=1), sigma)
     sums = terms.cumsum(1)
     wanted = uniform[:, None].to(sums) * sums[:, -1:]
     return group.start + torch.searchsorted(sums, wanted).squeeze(1).clamp_max(len(group) - 1).cpu()
@@ -123,9 +138,10 @@ def _h(reference: ReferenceSet, group: range, first: Tensor, second: Tensor, noi
         towards = (sign * along > 0)[:, None]  # x is nearer to the second
         source = torch.where(towards, second, first)
         offset = torch.where(towards, -across, across) / (2 * sigma) + sign * noise
+        draws = Draws(source, offset)
         kernels = torch.zeros_like(total)
         for _, rows in reference.chunks(group):
-            d, e, _ = distances(rows, source, offset)
+            d, e, _ = distances(rows, draws)
             kernels += level_sums(d, e, inv)[0][0, 0]
         total += torch.exp(-along.abs() / (2 * sigma)) / kernels
     return total / 2
