@@ -373,3 +373,10 @@ def test_levels_outside_the_curve_and_unknown_reductions_are_named():
         subset_optimal_loss(normal(5, 2), [1.0], "best")
     with pytest.raises(ValueError, match=r"`subset` must be in \[2, 5\], got None"):
         subset_optimal_loss(normal(5, 2), [1.0], "SNIS")
+
+
+@pytest.mark.slow
+def test_compiled_it_is_the_same():
+    x = normal(300, 5).float()
+    eager, compiled = (optimal_loss(x, SIGMAS, draws=64, compile=flag) for flag in (False, True))
+    torch.testing.assert_close(compiled.value, eager.value, rtol=1e-5, atol=0)

@@ -20,6 +20,7 @@ _NEGLIGIBLE = 60.0  # e^-60 of the source's own kernel
 _TILE = 2**18  # pairs at a time: what stays in the cache
 
 Sums = tuple[Tensor, Tensor]
+Dense = Callable[[Tensor, Tensor, Tensor], Sums]
 
 
 class Draws:
@@ -67,7 +68,7 @@ def dense_sums(d: Tensor, e: Tensor, inv: Tensor) -> Sums:
     return torch.stack([plus.sum(1), minus.sum(1)]), torch.stack([(plus * d).sum(1), (minus * d).sum(1)])
 
 
-def level_sums(d: Tensor, e: Tensor, inv: Tensor, dense: Callable[[Tensor, Tensor, Tensor], Sums] = dense_sums) -> Sums:
+def level_sums(d: Tensor, e: Tensor, inv: Tensor, dense: Dense = dense_sums) -> Sums:
     """Return Σ_n k and Σ_n k d (2, L, M), float64, at levels ``inv`` (L,) in increasing order.
 
     A pair whose kernel is negligible at a level, inv |e| - inv² d / 2 < -60, is negligible at every smaller sigma, so
@@ -82,7 +83,7 @@ def level_sums(d: Tensor, e: Tensor, inv: Tensor, dense: Callable[[Tensor, Tenso
     return total[0], total[1]
 
 
-def _tile_sums(d: Tensor, e: Tensor, inv: Tensor, dense: Callable[[Tensor, Tensor, Tensor], Sums]) -> Sums:
+def _tile_sums(d: Tensor, e: Tensor, inv: Tensor, dense: Dense) -> Sums:
     size = e.abs()
     reach = (size + (size * size + 2 * _NEGLIGIBLE * d).sqrt()) / d  # the largest inv at which the pair counts
     reach = torch.where(d > 0, reach, torch.inf)
