@@ -380,3 +380,24 @@ def test_compiled_it_is_the_same():
     x = normal(300, 5).float()
     eager, compiled = (optimal_loss(x, SIGMAS, draws=64, compile=flag) for flag in (False, True))
     torch.testing.assert_close(compiled.value, eager.value, rtol=1e-5, atol=0)
+
+
+def test_logits_are_right_wherever_a_pair_counts():
+    """At s² = d / 160, the smallest level at which a pair at d counts, in single precision at ||x||² = 700."""
+    x = normal(1, 768) + torch.logspace(-3, 1, 200)[:, None] * torch.nn.functional.normalize(normal(200, 768, seed=1))
+    x = torch.cat([normal(1, 768), x]).float()
+    d, _, _ = distances(x, Draws(x[:1]))
+    exact = (x.double() - x[0].double()).square().sum(1)[1:]
+    assert ((d[0, 1:] - exact).abs() * 80 / exact).max() < 4e-3
+
+
+def test_twins_are_not_confusion():
+    x = normal(10, 3).repeat(2, 1)
+    made = optimal_loss(x, [1e-3], draws=16)
+    assert made.confused.tolist() == [0]
+
+
+def test_interpolation_does_not_overshoot_a_step():
+    steps = torch.tensor([1, 1.001, 1.002, 1e6, 1.001e6, 1.002e6, 1e9, 1e9, 1e9], dtype=torch.float64)
+    values = curve(value=steps).at(torch.logspace(-1, 1, 2001, dtype=torch.float64))
+    assert (values.diff() >= -1e-12 * values[1:]).all()
