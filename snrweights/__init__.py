@@ -8,7 +8,7 @@ tensor([0.0110, 1.0000])
 
 from typing import TYPE_CHECKING, Any
 
-from snrweights import weightings  # registers the weightings
+from snrweights import optimal, weightings  # weightings registers them
 from snrweights.doctor import Diagnosis, doctor
 from snrweights.findings import Finding
 from snrweights.importance import ImportanceSampler
@@ -61,6 +61,7 @@ __all__ = [
     "loss_weight",
     "match",
     "objective",
+    "optimal",
     "per_sample_mse",
     "register_weighting",
     "weighted_loss",

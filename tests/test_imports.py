@@ -13,10 +13,12 @@ PACKAGE = Path(snrweights.__file__).parent
 # a module imports from lower floors only; a new module must be given one
 FLOORS = [
     {"measure", "schedules", "predictions", "seeds", "settings", "version"},
-    {"schedulers", "densities", "process", "statistics", "tracker_state", "uncertainty"},
-    {"drawn", "tracking", "uniforms"},
-    {"quantiles", "history", "weightings.bound"},
-    {"weightings.base"},
+    {"schedulers", "densities", "process", "statistics", "tracker_state", "uncertainty"}
+    | {"optimal.controls", "optimal.curve", "optimal.pairs", "optimal.reference"},
+    {"drawn", "tracking", "uniforms", "optimal.small_noise"},
+    {"quantiles", "history", "weightings.bound", "optimal.estimator"},
+    {"weightings.base", "optimal.subsets"},
+    {"optimal"},
     {
         *("weightings.adaptive", "weightings.classic", "weightings.clipped", "weightings.objectives"),
         "weightings.parity",

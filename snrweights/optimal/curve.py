@@ -1,0 +1,195 @@
+"""The result: the optimal loss by noise level, between the levels, in the units of every target, on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from snrweights.predictions import log_error_ratio
+
+HOW = ("pairs", "importance", "bound")
+_TENSORS = ("confused", "sigmas", "stderr", "value")
+_POINTS_PER_BIN = 64
+_SMALLEST = 1e-300
+
+
+@dataclass(frozen=True)
+class OptimalLossCurve:
+    """J at noise levels, in x0 units, summed over dimensions.
+
+    Attributes:
+        sigmas: (L,) sigma / alpha, increasing, float64.
+        value: (L,) J.
+        stderr: (L,) its standard error; 0 for a bound.
+        how: per level, ``pairs`` (the one pass), ``importance`` (mid-point importance sampling) or ``bound`` (no less
+            than J).
+        confused: (L,) draws whose posterior leaves the source less than 0.9.
+        made: what it was made from: ``data`` (SHA-256), ``points``, ``dim``, ``variance`` (the limit of J at large
+            sigma), ``groups``, ``flips``, ``draws``, ``seed``, ``version``.
+
+    Example:
+        >>> x = torch.tensor([[-0.5], [0.5]])
+        >>> from snrweights.optimal import optimal_loss
+        >>> curve = optimal_loss(x, [0.5, 1.0], draws=2000)
+        >>> curve.how
+        ('pairs', 'pairs')
+    """
+
+    sigmas: Tensor
+    value: Tensor
+    stderr: Tensor
+    how: tuple[str, ...]
+    confused: Tensor
+    made: dict[str, Any] = field(default_factory=dict)
+
+    def at(
+        self, sigmas: Tensor, prediction_type: str = "sample", reduction: str = "sum", sigma_data: float | None = None
+    ) -> Tensor:
+        """Return J at ``sigmas`` (any shape), float64, as the loss of a target: J ||e_y||² / ||e_x0||².
+
+        Between levels ln J is interpolated in ln sigma by the monotone cubics, through the
+        values made non-decreasing, as J is.
+
+        Args:
+            sigmas: inside the range of levels.
+            prediction_type: the target.
+            reduction: ``sum`` or ``mean`` over dimensions.
+            sigma_data: for ``edm``.
+
+        Raises:
+            ValueError: a level outside the range, unknown target or reduction.
+
+        Example:
+            >>> made = {"dim": 4}
+            >>> levels = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+            >>> curve = OptimalLossCurve(levels, levels**2, 0 * levels, ("pairs",) * 3, levels, made)
+            >>> curve.at(torch.tensor([2.0, 4.0]), "epsilon", "mean")
+            tensor([0.2500, 0.2500], dtype=torch.float64)
+        """
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"Unknown `reduction` {reduction!r}; choose one of ['sum', 'mean'].")
+        wanted = torch.as_tensor(sigmas, dtype=torch.float64).cpu()
+        low, high = float(self.sigmas[0]), float(self.sigmas[-1])
+        slack = 1e-12
+        if not bool(((wanted >= low * (1 - slack)) & (wanted <= high * (1 + slack))).all()):
+            raise ValueError(f"`sigmas` must lie in [{low:g}, {high:g}], where the curve is, got {sigmas}.")
+        log_value = _monotone_cubic(
+            self.sigmas.log(), self._rising().log(), wanted.log().clamp_min(self.sigmas[0].log())
+        )
+        log_ratio = log_error_ratio(prediction_type, -2 * wanted.log(), sigma_data)
+        value = (log_value + log_ratio).exp()
+        return value / self.made["dim"] if reduction == "mean" else value
+
+    def bin_means(
+        self,
+        edges: Tensor,
+        prediction_type: str = "sample",
+        reduction: str = "mean",
+        sigma_data: float | None = None,
+    ) -> Tensor:
+        """Return the mean of the optimal loss over each log-SNR bin (bins,), uniform in log-SNR inside a bin.
+
+        Args:
+            edges: (bins + 1,) log-SNR = -2 ln sigma, increasing, inside the range of levels.
+            prediction_type: the target.
+            reduction: ``mean`` or ``sum`` over dimensions.
+            sigma_data: for ``edm``.
+
+        Example:
+            >>> levels = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+            >>> curve = OptimalLossCurve(levels, levels**2, 0 * levels, ("pairs",) * 3, levels, {"dim": 1})
+            >>> curve.bin_means(torch.tensor([-2.0, -1.0, 0.0]), "epsilon")
+            tensor([1.0000, 1.0000], dtype=torch.float64)
+        """
+        edges = torch.as_tensor(edges, dtype=torch.float64).cpu()
+        share, weight = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(_POINTS_PER_BIN))
+        points = edges[:-1, None] + edges.diff()[:, None] * (share + 1) / 2
+        values = self.at((-points / 2).exp(), prediction_type, reduction, sigma_data)
+        return values @ weight / 2
+
+    def area(self) -> float:
+        """Return ∫ J / s² d ln s: ln N for N different points, if the levels reach from no confusion to J = variance.
+
+        Beyond the largest level J is taken for its limit, the variance of the data.
+
+        Example:
+            >>> levels = torch.logspace(-2, 1, 9, dtype=torch.float64)
+            >>> curve = OptimalLossCurve(levels, levels**2, 0 * levels, ("pairs",) * 9, levels, {"variance": 0.0})
+            >>> round(curve.area() / torch.log(levels[-1] / levels[0]).item(), 6)
+            1.0
+        """
+        inside = self.bin_means(-2 * self.sigmas.log().flip(0), "epsilon", "sum") @ self.sigmas.log().diff().flip(0)
+        return float(inside) + self.made["variance"] / (2 * float(self.sigmas[-1]) ** 2)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the curve as safetensors, aside and then renamed; what it was made from goes into the metadata."""
+        path = Path(path)
+        aside = path.with_name(path.name + ".tmp")
+        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
+        save_file(tensors, aside, metadata={"how": json.dumps(self.how), "made": json.dumps(self.made)})
+        os.replace(aside, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> OptimalLossCurve:
+        """Return the curve of a file that ``save`` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not a curve's file, or damaged.
+        """
+        try:
+            tensors = load_file(path)
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+            if set(tensors) != set(_TENSORS) or set(metadata) != {"how", "made"}:
+                raise ValueError(f"it has {sorted(tensors)} and the metadata {sorted(metadata)}")
+            curve = cls(**tensors, how=tuple(json.loads(metadata["how"])), made=json.loads(metadata["made"]))
+            curve._check()
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"`path` {os.fspath(path)!r} is not the file of an OptimalLossCurve: {error}") from None
+        return curve
+
+    def _check(self) -> None:
+        for name in _TENSORS:
+            tensor = getattr(self, name)
+            if tensor.shape != (len(self.how),) or not bool((tensor.isfinite() & (tensor >= 0)).all()):
+                raise ValueError(f"`{name}` is not of {len(self.how)} finite, non-negative numbers")
+        if not bool((self.sigmas.diff() > 0).all()) or not bool((self.sigmas > 0).all()):
+            raise ValueError("`sigmas` do not increase")
+        if unknown := set(self.how) - set(HOW):
+            raise ValueError(f"`how` has {sorted(unknown)}; known are {list(HOW)}")
+
+    def _rising(self) -> Tensor:
+        return self.value.clamp_min(_SMALLEST).cummax(0).values
+
+
+def _monotone_cubic(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
+    """Interpolate y (L,), never falling, over increasing x (L,) by cubics that never fall.
+
+    Tangents are those of the parabola through three neighbours, held in [0, 3 times the smaller slope beside them],
+    which suffices (Fritsch & Carlson 1980; Hyman 1983).
+    """
+    if len(x) == 1:
+        return y.expand(at.shape)
+    step = x.diff()
+    slope = y.diff() / step
+    tangent = torch.cat([slope[:1], slope[-1:]])
+    if len(x) > 2:
+        bend = slope.diff() / (step[1:] + step[:-1])
+        inner = slope[:-1] + step[:-1] * bend
+        tangent = torch.cat([slope[:1] - step[:1] * bend[:1], inner, slope[-1:] + step[-1:] * bend[-1:]])
+    smaller = torch.minimum(torch.cat([slope[:1], slope]), torch.cat([slope, slope[-1:]]))
+    tangent = torch.minimum(tangent.clamp_min(0), 3 * smaller)
+    i = (torch.bucketize(at.contiguous(), x, right=True) - 1).clamp(0, len(x) - 2)
+    t, h = (at - x[i]) / step[i], step[i]
+    ends = (1 + 2 * t) * (1 - t) ** 2 * y[i] + t**2 * (3 - 2 * t) * y[i + 1]
+    return ends + h * (t * (1 - t) ** 2 * tangent[i] - t**2 * (1 - t) * tangent[i + 1])
