@@ -45,6 +45,8 @@ def load_images(
         if split not in data:
             raise ValueError(f"`split` {split!r} is not in {source!r}; choose one of {list(data)}.")
         data = data[split]
+    elif split not in ("train", str(data.split)):  # a single one, whatever it is called
+        raise ValueError(f"`split` {split!r} is not in {source!r}; choose one of {[str(data.split or 'train')]}.")
     if column not in data.column_names:
         raise ValueError(f"`column` {column!r} is not in {source!r}; choose one of {data.column_names}.")
     return data.cast_column(column, datasets.Image(decode=False))

@@ -110,8 +110,12 @@ class ReferenceSet:
     def _number(self, group: range) -> int:
         return int(self.group_of(torch.tensor([group.start])))
 
-    def raw(self, positions: range | Tensor) -> Tensor:
-        """Return the points (B, dim) at positions (B,), as they are in the data."""
+    def points(self, positions: range | Tensor) -> Tensor:
+        """Return what distances are computed from (B, dim): uint8 as it is stored, for exact ones; else the rows."""
+        return self._stored(positions) if self._data.dtype == torch.uint8 else self.rows(positions)
+
+    def _stored(self, positions: range | Tensor) -> Tensor:
+        """Return a copy of the data at positions (B,), flat (B, dim), in their own dtype."""
         positions = torch.arange(positions.start, positions.stop) if isinstance(positions, range) else positions
         index = positions if self._order is None else self._order[positions]
         images = self._data[(index % len(self._data)).to(self._data.device)].to(self.device)
@@ -122,8 +126,8 @@ class ReferenceSet:
 
     def rows(self, positions: range | Tensor) -> Tensor:
         """Return the centred rows (B, dim) at positions (B,)."""
-        rows = self.raw(positions)
-        rows = rows / 127.5 - 1 if rows.dtype == torch.uint8 else rows.to(self.dtype)
+        stored = self._stored(positions)
+        rows = stored / 127.5 - 1 if stored.dtype == torch.uint8 else stored.to(self.dtype)
         inside = torch.tensor([positions.start]) if isinstance(positions, range) else positions  # a range: one group
         return rows.sub_(self._means[self.group_of(inside)].to(self.dtype))
 
