@@ -12,7 +12,7 @@ PACKAGE = Path(snrweights.__file__).parent
 
 # a module imports from lower floors only; a new module must be given one
 FLOORS = [
-    {"measure", "schedules", "predictions", "seeds", "settings", "version"},
+    {"measure", "schedules", "predictions", "seeds", "settings", "version", "optimal.exact"},
     {"schedulers", "densities", "process", "statistics", "tracker_state", "uncertainty"}
     | {"optimal.controls", "optimal.curve", "optimal.pairs", "optimal.reference"},
     {"drawn", "tracking", "uniforms", "optimal.small_noise"},

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from snrweights.optimal.controls import controls, regressed
 from snrweights.optimal.curve import OptimalLossCurve
-from snrweights.optimal.pairs import Dense, Draws, dense_sums, distances, level_sums
+from snrweights.optimal.pairs import Dense, Draws, dense_sums, draws_of, level_sums
 from snrweights.optimal.reference import ReferenceSet
 from snrweights.optimal.small_noise import SMALL_NOISE, importance, pair_bound
 from snrweights.seeds import generator
@@ -42,9 +42,9 @@ class PairSums:
         empty = torch.zeros(2, levels, draws, dtype=torch.float64, device=device)
         return cls(empty, empty.clone(), torch.zeros(draws, dtype=torch.int64, device=device))
 
-    def add(self, rows: Tensor, draws: Draws, inv: Tensor, numbers: Tensor, dense: Dense = dense_sums) -> None:
+    def add(self, points: Tensor, draws: Draws, inv: Tensor, numbers: Tensor, dense: Dense = dense_sums) -> None:
         """Add points (n, D) as seen by some draws, their numbers (M',), at levels ``inv`` = 1 / sigma, increasing."""
-        d, e, twins = distances(rows, draws)
+        d, e, twins = draws.distances(points)
         kernels, weighted = level_sums(d, e, inv, dense)
         self.kernels[:, :, numbers] += kernels
         self.distances[:, :, numbers] += weighted
@@ -133,7 +133,7 @@ def optimal_loss(
     noise = torch.randn(draws, reference.dim, dtype=torch.float64, generator=stream).to(sources)
     inv = levels.flip(0).reciprocal().to(sources.device)  # increasing
     dense = torch.compile(dense_sums, dynamic=True) if compile else dense_sums
-    sums = pair_sums(reference, positions, sources, noise, inv, report, dense)
+    sums = pair_sums(reference, positions, noise, inv, report, dense)
 
     axes, variances = reference.principal_axes(_RANK, seed)
     by_control = controls(sources, noise, 1 / inv, reference.variance, axes, variances)
@@ -156,24 +156,23 @@ def optimal_loss(
 def pair_sums(
     reference: ReferenceSet,
     positions: Tensor,
-    sources: Tensor,
     noise: Tensor,
     inv: Tensor,
     report: Callable[[str, float], None],
     dense: Dense = dense_sums,
 ) -> PairSums:
     """Return the sums over the whole reference set, of draws from the positions (M,), at levels ``inv`` (L,)."""
-    sums = PairSums.zeros(len(inv), len(sources), sources.device)
+    sums = PairSums.zeros(len(inv), len(noise), noise.device)
     own = reference.group_of(positions)
     for number, group in enumerate(reference.groups):
         drawn = (own == number).nonzero().squeeze(1)
         if not len(drawn):
             continue
-        member = drawn.to(sources.device)
-        draws = Draws(sources[member], noise[member])
-        for points, rows in reference.chunks(group):
-            sums.add(rows, draws, inv, member, dense)
-            report("draws", points.stop / reference.size)
+        member = drawn.to(noise.device)
+        draws = draws_of(reference.points(positions[drawn]), noise[member])
+        for at, points in reference.chunks_of_points(group):
+            sums.add(points, draws, inv, member, dense)
+            report("draws", at.stop / reference.size)
     report("draws", 1.0)
     return sums
 

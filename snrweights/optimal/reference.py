@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -64,20 +64,36 @@ class ReferenceSet:
 
     def chunks(self, group: range) -> Iterator[tuple[range, Tensor]]:
         """Yield (positions, rows) of a group, ``chunk`` at a time."""
+        return self._in_chunks(group, self.rows)
+
+    def chunks_of_points(self, group: range) -> Iterator[tuple[range, Tensor]]:
+        """Yield (positions, points) of a group, ``chunk`` at a time."""
+        return self._in_chunks(group, self.points)
+
+    def _in_chunks(self, group: range, read: Callable[[Tensor], Tensor]) -> Iterator[tuple[range, Tensor]]:
         for start in range(group.start, group.stop, self.chunk):
             positions = range(start, min(start + self.chunk, group.stop))
-            yield positions, self.rows(torch.arange(positions.start, positions.stop))
+            yield positions, read(torch.arange(positions.start, positions.stop))
 
     def rows(self, positions: Tensor) -> Tensor:
         """Return the centred rows (B, dim) at positions (B,)."""
+        stored = self._stored(positions)
+        rows = stored / 127.5 - 1 if stored.dtype == torch.uint8 else stored.to(self.dtype)
+        return rows.sub_(self._means[self.group_of(positions)].to(self.dtype))
+
+    def points(self, positions: Tensor) -> Tensor:
+        """Return what distances are computed from (B, dim): uint8 as it is stored, for exact ones; else the rows."""
+        return self._stored(positions) if self._data.dtype == torch.uint8 else self.rows(positions)
+
+    def _stored(self, positions: Tensor) -> Tensor:
+        """Return a copy of the data at positions (B,), flat (B, dim), in their own dtype."""
         index = positions if self._order is None else self._order[positions]
         mirrored = index >= len(self._data)
         images = self._data[(index % len(self._data)).to(self._data.device)].to(self.device)
-        images = images / 127.5 - 1 if images.dtype == torch.uint8 else images.to(self.dtype)
         if self.flips:
             mirrored = mirrored.to(self.device)
             images[mirrored] = images[mirrored].flip(-1)
-        return images.flatten(1).sub_(self._means[self.group_of(positions)].to(self.dtype))
+        return images.flatten(1)
 
     def group_of(self, positions: Tensor) -> Tensor:
         """Return the numbers of the groups that positions belong to."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from snrweights.optimal.pairs import Draws, distances, level_sums
+from snrweights.optimal.pairs import draws_of, level_sums
 from snrweights.optimal.reference import ReferenceSet
 from snrweights.seeds import generator
 
@@ -42,10 +42,10 @@ def pair_bound(reference: ReferenceSet, sigmas: Tensor, report: _Report) -> Pair
     """Return the bound and its sums at ``sigmas`` (L,), increasing, from all pairs of the reference set."""
     rows = torch.zeros(len(sigmas), reference.size, dtype=torch.float64)
     for group in reference.groups:
-        for own, left in reference.chunks(group):
-            draws = Draws(left)
-            for other, right in reference.chunks(range(own.start, group.stop)):
-                by_left, by_right = _bound_sums(distances(right, draws)[0], sigmas)
+        for own, left in reference.chunks_of_points(group):
+            draws = draws_of(left)
+            for other, right in reference.chunks_of_points(range(own.start, group.stop)):
+                by_left, by_right = _bound_sums(draws.distances(right)[0], sigmas)
                 rows[:, own.start : own.stop] += by_left.cpu()
                 if other.start != own.start:  # the tile beyond the diagonal, by symmetry
                     rows[:, other.start : other.stop] += by_right.cpu()
@@ -109,16 +109,16 @@ def _share_of_middle(
     for number, group in enumerate(reference.groups):
         drawn = (own == number).nonzero().squeeze(1)
         if len(drawn):
-            first = reference.rows(positions[drawn])
-            second = reference.rows(_partners(reference, group, first, uniform[drawn], sigma))
+            partners = _partners(reference, group, positions[drawn], uniform[drawn], sigma)
+            first, second = reference.rows(positions[drawn]), reference.rows(partners)
             h[drawn] = _h(reference, group, first, second, noise[drawn].to(first), sigma).cpu()
     return h
 
 
-def _partners(reference: ReferenceSet, group: range, first: Tensor, uniform: Tensor, sigma: float) -> Tensor:
-    """Return positions n (M,) drawn with probability ∝ d e^{-d/8s²} of their distance to the rows ``first``."""
-    draws = Draws(first)
-    near = [distances(rows, draws)[0].double() for _, rows in reference.chunks(group)]
+def _partners(reference: ReferenceSet, group: range, positions: Tensor, uniform: Tensor, sigma: float) -> Tensor:
+    """Return positions n (M,) drawn with probability ∝ d e^{-d/8s²} of their distance to those at ``positions``."""
+    draws = draws_of(reference.points(positions))
+    near = [draws.distances(points)[0].double() for _, points in reference.chunks_of_points(group)]
     terms = _bound_terms(torch.cat(near, dim=1), sigma)
     sums = terms.cumsum(1)
     wanted = uniform[:, None].to(sums) * sums[:, -1:]
@@ -138,10 +138,10 @@ def _h(reference: ReferenceSet, group: range, first: Tensor, second: Tensor, noi
         towards = (sign * along > 0)[:, None]  # x is nearer to the second
         source = torch.where(towards, second, first)
         offset = torch.where(towards, -across, across) / (2 * sigma) + sign * noise
-        draws = Draws(source, offset)
+        draws = draws_of(source, offset)
         kernels = torch.zeros_like(total)
         for _, rows in reference.chunks(group):
-            d, e, _ = distances(rows, draws)
+            d, e, _ = draws.distances(rows)
             kernels += level_sums(d, e, inv)[0][0, 0]
         total += torch.exp(-along.abs() / (2 * sigma)) / kernels
     return total / 2
