@@ -12,7 +12,7 @@ PACKAGE = Path(snrweights.__file__).parent
 
 # a module imports from lower floors only; a new module must be given one
 FLOORS = [
-    {"files", "measure", "schedules", "predictions", "seeds", "settings", "version"},
+    {"files", "measure", "schedules", "predictions", "seeds", "settings", "version", "optimal.exact"},
     {"schedulers", "densities", "process", "statistics", "tracker_state", "uncertainty"}
     | {"optimal.controls", "optimal.curve", "optimal.pairs", "optimal.reference"}
     | {"optimal.sources", "optimal.work"},

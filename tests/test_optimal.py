@@ -10,7 +10,7 @@ import torch
 from snrweights.optimal import OptimalLossCurve, optimal_loss
 from snrweights.optimal.controls import controls, regressed
 from snrweights.optimal.draws import PairSums, pair_sums
-from snrweights.optimal.pairs import Draws, distances, level_sums
+from snrweights.optimal.pairs import draws_of, level_sums
 from snrweights.optimal.reference import ReferenceSet
 from snrweights.optimal.subsets import subset_optimal_loss
 from snrweights.optimal.work import Work
@@ -49,7 +49,7 @@ def test_the_seed_gives_the_bits():
 
 def test_sums_over_parts_of_the_points_add_up():
     x, noise = normal(40, 3), normal(9, 3, seed=1)
-    inv, draws, drawn = SIGMAS.reciprocal().flip(0), torch.arange(9), Draws(x[:9], noise)
+    inv, draws, drawn = SIGMAS.reciprocal().flip(0), torch.arange(9), draws_of(x[:9], noise)
     whole, left, right = (PairSums.zeros(4, 9, x.device) for _ in range(3))
     whole.add(x, drawn, inv, draws)
     left.add(x[:15], drawn, inv, draws)
@@ -63,7 +63,7 @@ def test_sums_over_parts_of_the_points_add_up():
 def test_every_draw_is_half_the_posterior_mean_of_d():
     x, noise = normal(40, 3), normal(9, 3, seed=1)
     sums = PairSums.zeros(4, 9, x.device)
-    sums.add(x, Draws(x[:9], noise), SIGMAS.reciprocal().flip(0), torch.arange(9))
+    sums.add(x, draws_of(x[:9], noise), SIGMAS.reciprocal().flip(0), torch.arange(9))
     d = torch.cdist(x[:9], x).square()
     for level, sigma in enumerate(SIGMAS.flip(0)):
         both = [(posterior(x, x[:9], sign * noise, sigma) * d).sum(1) / 2 for sign in (1, -1)]
@@ -195,7 +195,7 @@ def test_near_duplicates_far_from_the_origin_in_single_precision():
     noise = normal(64, 768, seed=2).float()
     inv = torch.tensor([1 / 0.002], dtype=torch.float64)
     found = PairSums.zeros(1, 64, x.device)
-    found.add(x, Draws(x[:64], noise), inv, torch.arange(64))
+    found.add(x, draws_of(x[:64], noise), inv, torch.arange(64))
     d = (x.double()[:64, None] - x.double()).square().sum(2)
     e = ((x.double() - x.double()[:64, None]) * noise.double()[:, None]).sum(2)
     w = [(sign * e / 0.002 - d / (2 * 0.002**2)).softmax(1) for sign in (1, -1)]
@@ -210,7 +210,7 @@ def test_near_duplicates_far_from_the_origin_in_single_precision():
 def test_distances_are_exact_for_the_source_and_its_twins():
     x = normal(30, 50).float()
     x[7] = x[3]
-    d, e, twins = distances(x, Draws(x[[3, 5]], normal(2, 50, seed=1).float()))
+    d, e, twins = draws_of(x[[3, 5]], normal(2, 50, seed=1).float()).distances(x)
     assert d[0, 3] == d[0, 7] == d[1, 5] == e[0, 3] == e[0, 7] == e[1, 5] == 0
     assert twins.tolist() == [2, 1]
 
@@ -234,7 +234,7 @@ def test_draws_of_one_class_see_that_class_alone():
     assert reference.group_of(positions).tolist() == [0, 0, 1, 2]
     rows = reference.rows(torch.arange(30))
     inv, axes = torch.tensor([1e-3], dtype=torch.float64), normal(3, 2, seed=1)
-    sums, within = pair_sums(reference, positions, rows[positions], normal(4, 3), inv, axes, Work(None, {}))
+    sums, within = pair_sums(reference, positions, normal(4, 3), inv, axes, Work(None, {}))
     torch.testing.assert_close(within, axes.T @ (rows.T @ rows) @ axes / 30)
     torch.testing.assert_close(sums.kernels[:, 0], torch.full((2, 4), 10.0).double(), rtol=1e-2, atol=0)
     torch.testing.assert_close(rows[:10] + x[::3].mean(0), x[::3])
@@ -389,7 +389,7 @@ def test_logits_are_right_wherever_a_pair_counts():
     """At s² = d / 160, the smallest level at which a pair at d counts, in single precision at ||x||² = 700."""
     x = normal(1, 768) + torch.logspace(-3, 1, 200)[:, None] * torch.nn.functional.normalize(normal(200, 768, seed=1))
     x = torch.cat([normal(1, 768), x]).float()
-    d, _, _ = distances(x, Draws(x[:1]))
+    d, _, _ = draws_of(x[:1]).distances(x)
     exact = (x.double() - x[0].double()).square().sum(1)[1:]
     assert ((d[0, 1:] - exact).abs() * 80 / exact).max() < 4e-3
 

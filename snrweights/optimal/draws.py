@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from snrweights.optimal.pairs import Dense, Draws, dense_sums, distances, level_sums
+from snrweights.optimal.pairs import Dense, Draws, dense_sums, draws_of, level_sums
 from snrweights.optimal.reference import ReferenceSet
 from snrweights.optimal.work import Work
 
@@ -34,9 +34,9 @@ class PairSums:
         empty = torch.zeros(2, levels, draws, dtype=torch.float64, device=device)
         return cls(empty, empty.clone(), torch.zeros(draws, dtype=torch.int64, device=device))
 
-    def add(self, rows: Tensor, draws: Draws, inv: Tensor, numbers: Tensor, dense: Dense = dense_sums) -> None:
+    def add(self, points: Tensor, draws: Draws, inv: Tensor, numbers: Tensor, dense: Dense = dense_sums) -> None:
         """Add points (n, D) as seen by some draws, their numbers (M',), at levels ``inv`` = 1 / sigma, increasing."""
-        d, e, twins = distances(rows, draws)
+        d, e, twins = draws.distances(points)
         kernels, weighted = level_sums(d, e, inv, dense)
         self.kernels[:, :, numbers] += kernels
         self.distances[:, :, numbers] += weighted
@@ -60,7 +60,6 @@ class PairSums:
 def pair_sums(
     reference: ReferenceSet,
     positions: Tensor,
-    sources: Tensor,
     noise: Tensor,
     inv: Tensor,
     axes: Tensor,
@@ -72,30 +71,31 @@ def pair_sums(
     Args:
         reference: the points.
         positions: (M,) of the sources.
-        sources: (M, D) their rows.
         noise: (M, D).
         inv: (L,) 1 / sigma, increasing.
         axes: (D, r) the columns: the second result is axes' Cov axes (r, r), float64.
         work: shares, saves and sums.
         dense: a compiled ``dense_sums``.
     """
-    sums = PairSums.zeros(len(inv), len(sources), sources.device)
-    within = torch.zeros(axes.shape[1], axes.shape[1], dtype=torch.float64, device=sources.device)
-    own = reference.group_of(positions).to(sources.device)
-    columns = axes.to(sources)
-    current, member, draws = -1, own, Draws(sources[:0], noise[:0])
+    sums = PairSums.zeros(len(inv), len(noise), noise.device)
+    within = torch.zeros(axes.shape[1], axes.shape[1], dtype=torch.float64, device=noise.device)
+    own = reference.group_of(positions)
+    columns = axes.to(noise)
+    current: tuple[int, Tensor, Draws] | None = None  # group, numbers of the draws from it, draws
 
     def add(step: tuple[int, range]) -> None:
-        nonlocal current, member, draws
-        number, points = step
-        rows = reference.rows(points)
-        along = (rows @ columns).double()
+        nonlocal current
+        number, chunk = step
+        points = reference.points(chunk)
+        along = (reference.rows_of(points, chunk) @ columns).double()
         within.add_(along.T @ along)
-        if number != current:
-            current, member = number, (own == number).nonzero().squeeze(1)
-            draws = Draws(sources[member], noise[member])
+        if current is None or current[0] != number:
+            drawn = (own == number).nonzero().squeeze(1)
+            member = drawn.to(noise.device)
+            current = number, member, draws_of(reference.points(positions[drawn]), noise[member])
+        _, member, draws = current
         if len(member):
-            sums.add(rows, draws, inv, member, dense)
+            sums.add(points, draws, inv, member, dense)
 
     parts = [sums.kernels, sums.distances, sums.twins, within]
     *summed, within = work.sums("draws", list(reference.chunks()), parts, add)

@@ -125,7 +125,7 @@ def optimal_loss(
     inv = levels.flip(0).reciprocal().to(sources.device)  # increasing
     dense = torch.compile(dense_sums, dynamic=True) if compile else dense_sums
     axes = reference.near_principal_axes(_RANK, seed)
-    sums, within = pair_sums(reference, positions, sources, noise, inv, axes, work, dense)
+    sums, within = pair_sums(reference, positions, noise, inv, axes, work, dense)
 
     variances, turn = torch.linalg.eigh(within)
     by_control = controls(sources, noise, 1 / inv, reference.variance, axes @ turn, variances)

@@ -126,7 +126,13 @@ class ReferenceSet:
 
     def rows(self, positions: range | Tensor) -> Tensor:
         """Return the centred rows (B, dim) at positions (B,)."""
-        stored = self._stored(positions)
+        return self._centred(self._stored(positions), positions)
+
+    def rows_of(self, points: Tensor, positions: range | Tensor) -> Tensor:
+        """Return the centred rows of what ``points`` returned for the positions."""
+        return self._centred(points, positions) if points.dtype == torch.uint8 else points
+
+    def _centred(self, stored: Tensor, positions: range | Tensor) -> Tensor:
         rows = stored / 127.5 - 1 if stored.dtype == torch.uint8 else stored.to(self.dtype)
         inside = torch.tensor([positions.start]) if isinstance(positions, range) else positions  # a range: one group
         return rows.sub_(self._means[self.group_of(inside)].to(self.dtype))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from snrweights.optimal.pairs import Draws, distances, level_sums
+from snrweights.optimal.pairs import Draws, draws_of, level_sums
 from snrweights.optimal.reference import ReferenceSet
 from snrweights.optimal.work import Work
 from snrweights.seeds import generator
@@ -41,14 +41,14 @@ class PairBound:
 def pair_bound(reference: ReferenceSet, sigmas: Tensor, work: Work) -> PairBound:
     """Return the bound and its sums at ``sigmas`` (L,), increasing, from all pairs of the reference set."""
     rows = torch.zeros(len(sigmas), reference.size, dtype=torch.float64)
-    at, draws = range(0), Draws(torch.empty(0, reference.dim))
+    left: tuple[range, Draws] | None = None  # of the last tile
 
     def add(tile: _Tile) -> None:
-        nonlocal at, draws
+        nonlocal left
         own, other = tile
-        if own != at:
-            at, draws = own, Draws(reference.rows(own))
-        by_left, by_right = _bound_sums(distances(reference.rows(other), draws)[0], sigmas)
+        if left is None or left[0] != own:
+            left = own, draws_of(reference.points(own))
+        by_left, by_right = _bound_sums(left[1].distances(reference.points(other))[0], sigmas)
         rows[:, own.start : own.stop] += by_left.cpu()
         if other != own:  # the tile beyond the diagonal, by symmetry
             rows[:, other.start : other.stop] += by_right.cpu()
@@ -117,32 +117,32 @@ def _share_of_middle(
     for number, group in enumerate(reference.groups):
         drawn = (own == number).nonzero().squeeze(1)
         if len(drawn):
-            first = reference.rows(positions[drawn])
-            second = reference.rows(_partners(reference, group, first, uniform[drawn], sigma))
+            partners = _partners(reference, group, positions[drawn], uniform[drawn], sigma)
+            first, second = reference.rows(positions[drawn]), reference.rows(partners)
             h[drawn] = _h(reference, group, first, second, noise[drawn].to(first), sigma).cpu()
     return h
 
 
-def _partners(reference: ReferenceSet, group: range, first: Tensor, uniform: Tensor, sigma: float) -> Tensor:
-    """Return positions n (M,) drawn with probability ∝ d e^{-d/8s²} of their distance to the rows ``first``.
+def _partners(reference: ReferenceSet, group: range, positions: Tensor, uniform: Tensor, sigma: float) -> Tensor:
+    """Return positions n (M,) drawn with probability ∝ d e^{-d/8s²} of their distance to those at ``positions``.
 
     First a chunk by its sum, then a point in it, so that no more than (M, chunk) distances are there at a time.
     """
-    draws, uniform = Draws(first), uniform.to(first.device)
-    chunks = [positions for _, positions in reference.chunks(group)]
-    sums = torch.stack([_near(reference, positions, draws, sigma).sum(1) for positions in chunks], dim=1)
-    number, uniform = _drawn(sums, uniform)
-    partners = torch.empty(len(first), dtype=torch.int64)
-    for each, positions in enumerate(chunks):
+    first, chunks = reference.points(positions), [chunk for _, chunk in reference.chunks(group)]
+    draws = draws_of(first)
+    sums = torch.stack([_near(reference, chunk, draws, sigma).sum(1) for chunk in chunks], dim=1)
+    number, uniform = _drawn(sums, uniform.to(sums))
+    partners = torch.empty_like(positions)
+    for each, chunk in enumerate(chunks):
         chosen = (number == each).nonzero().squeeze(1)
         if len(chosen):
-            terms = _near(reference, positions, Draws(first[chosen]), sigma)
-            partners[chosen.cpu()] = positions.start + _drawn(terms, uniform[chosen])[0].cpu()
+            terms = _near(reference, chunk, draws_of(first[chosen]), sigma)
+            partners[chosen.cpu()] = chunk.start + _drawn(terms, uniform[chosen])[0].cpu()
     return partners
 
 
-def _near(reference: ReferenceSet, positions: range, draws: Draws, sigma: float) -> Tensor:
-    return _bound_terms(distances(reference.rows(positions), draws)[0].double(), sigma)
+def _near(reference: ReferenceSet, chunk: range, draws: Draws, sigma: float) -> Tensor:
+    return _bound_terms(draws.distances(reference.points(chunk))[0].double(), sigma)
 
 
 def _drawn(shares: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,10 +171,10 @@ def _h(reference: ReferenceSet, group: range, first: Tensor, second: Tensor, noi
         towards = (sign * along > 0)[:, None]  # x is nearer to the second
         source = torch.where(towards, second, first)
         offset = torch.where(towards, -across, across) / (2 * sigma) + sign * noise
-        draws = Draws(source, offset)
+        draws = draws_of(source, offset)
         kernels = torch.zeros_like(total)
         for _, positions in reference.chunks(group):
-            d, e, _ = distances(reference.rows(positions), draws)
+            d, e, _ = draws.distances(reference.rows(positions))
             kernels += level_sums(d, e, inv)[0][0, 0]
         total += torch.exp(-along.abs() / (2 * sigma)) / kernels
     return total / 2
