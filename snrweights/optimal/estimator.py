@@ -116,7 +116,8 @@ def optimal_loss(
     tensor = as_tensor(data, workers=workers, folder=folder, report=report)
     reference = ReferenceSet(tensor, None if labels is None else torch.as_tensor(labels), flips, device, chunk)
     made = {**reference.provenance(), "draws": draws, "seed": seed, "version": __version__}
-    work = Work(folder, {**made, "chunk": chunk, "sigmas": levels.tolist()}, rank, world, reduce, report)
+    exact = {name: value for name, value in made.items() if name != "variance"}  # which follows from the data
+    work = Work(folder, {**exact, "chunk": chunk, "sigmas": levels.tolist()}, rank, world, reduce, report)
 
     stream = generator(seed, 0)
     positions = torch.randint(reference.size, (draws,), generator=stream).sort().values
