@@ -2,7 +2,8 @@
 
 With z = u - 128 in int8, and noise on a grid, eps = 2^-11 (128 hi + lo) with hi and lo in int8, three products of int8
 matrices, of x_g, hi and lo with the points, give ||x_n - x_g||² and eps·(x_n - x_g) without any rounding. Nothing is
-lost in the differences of large numbers, so that near pairs need no second look.
+lost in the differences of large numbers, so that near pairs need no second look. The sums are whole numbers in float64,
+under 2^53 for every D that fits into a memory.
 
 A Gaussian rounded to the grid has the variance 1 + 2^-22 / 12, and the same mean, by symmetry.
 """
@@ -36,10 +37,10 @@ class Arithmetic(NamedTuple):
     times: Callable[[Tensor, Tensor], Tensor]
 
     def product(self, left: Tensor, right: Tensor) -> Tensor:
-        """Return left @ right.T (m, n), int64, of prepared factors (m, D) and (n, D)."""
-        total = torch.zeros(len(left), len(right), dtype=torch.int64, device=left.device)
+        """Return left @ right.T (m, n), whole numbers in float64, of prepared factors (m, D) and (n, D)."""
+        total = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
         for a, b in zip(left.split(self.columns, 1), right.split(self.columns, 1), strict=True):
-            total += self.times(a, b.T).long()
+            total += self.times(a, b.T)
         return total
 
 
@@ -106,19 +107,20 @@ class PixelDraws:
         low = steps - 128 * high
         self.stacked = self.arithmetic.prepared(torch.cat([z, high.to(torch.int8), low.to(torch.int8)]))
         self.squares = _squares(z)
-        self.along = (steps * z[: len(steps)]).sum(1)
+        self.along = (steps * z[: len(steps)]).sum(1).double()
 
     def distances(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return d (M, n) and e (M, n), float32, and the number of points at distance 0 (M,), of rows (n, D), uint8.
 
-        The whole numbers are exact; their conversion to float32 is the only rounding.
+        The whole numbers are exact; to float32 they are rounded once.
         """
         z = _centred(rows)
         products = self.arithmetic.product(self.stacked, self.arithmetic.prepared(z))[:, : len(rows)]
         inner, high, low = products[: self.size], products[self.size :], products[2 * self.size :]
         d = inner.mul_(-2).add_(_squares(z)).add_(self.squares[:, None])
         e = high[: len(self.along)].mul_(128).add_(low[: len(self.along)]).sub_(self.along[:, None])
-        return d.float().mul_(_PIXEL**2), e.float().mul_(_PIXEL * _GRID), (d == 0).sum(1)
+        zeros = (d == 0).sum(1)
+        return d.mul_(_PIXEL**2).float(), e.mul_(_PIXEL * _GRID).float(), zeros
 
 
 def _centred(points: Tensor) -> Tensor:
@@ -127,4 +129,6 @@ def _centred(points: Tensor) -> Tensor:
 
 
 def _squares(z: Tensor) -> Tensor:
-    return z.int().square().sum(1)
+    """Return ||z||² of rows, int8: (n,), whole numbers in float64."""
+    parts = [torch.linalg.vecdot(part, part) for part in z.float().split(FLOAT32.columns, 1)]
+    return torch.stack(parts).sum(0, dtype=torch.float64)

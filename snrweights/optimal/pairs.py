@@ -64,7 +64,7 @@ class FloatDraws:
         """Return d (M, n), e (M, n) and the number of points at distance 0 (M,), of rows (n, D)."""
         products = self.stacked @ rows.T
         inner, e = products[: len(self.sources)], products[len(self.sources) :]
-        row_squares = rows.square().sum(1)
+        row_squares = torch.linalg.vecdot(rows, rows)
         d = inner.mul_(-2).add_(row_squares).add_(self.squares[:, None])
         e -= self.along[:, None]
         near = d < _NEAR * _ROUNDING * torch.finfo(d.dtype).eps * (row_squares.max() + self.squares[:, None])
