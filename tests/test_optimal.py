@@ -9,10 +9,11 @@ import torch
 
 from snrweights.optimal import OptimalLossCurve, optimal_loss
 from snrweights.optimal.controls import controls, regressed
-from snrweights.optimal.estimator import PairSums, pair_sums
+from snrweights.optimal.draws import PairSums, pair_sums
 from snrweights.optimal.pairs import draws_of, level_sums
 from snrweights.optimal.reference import ReferenceSet
 from snrweights.optimal.subsets import subset_optimal_loss
+from snrweights.optimal.work import Work
 from snrweights.seeds import generator
 
 SIGMAS = torch.tensor([0.3, 0.6, 1.0, 3.0], dtype=torch.float64)
@@ -25,10 +26,6 @@ def normal(*shape, seed=0):
 def posterior(x, sources, noise, sigma):
     """W (M, N) at x_g + sigma eps, by definition."""
     return (-torch.cdist(sources + sigma * noise, x).square() / (2 * sigma**2)).softmax(1)
-
-
-def silent(*_):
-    pass
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
@@ -94,8 +91,10 @@ def test_three_forms_have_one_mean():
 
 def test_the_controls_are_those_of_the_definition_and_have_no_mean():
     reference = ReferenceSet(normal(200, 8) * torch.arange(1, 9), None, False, "cpu", 64)
-    axes, lam = reference.principal_axes(3, 0)
     rows, noise = reference.rows(torch.arange(200)), normal(200, 8, seed=2)
+    axes = reference.near_principal_axes(3, 0)
+    lam, turn = torch.linalg.eigh(axes.T @ (rows.T @ rows) @ axes / 200)
+    axes = axes @ turn
     c = controls(rows, noise, SIGMAS, reference.variance, axes, lam)
     for level, s in enumerate(SIGMAS):
         gain = lam / (lam + s**2)
@@ -110,11 +109,13 @@ def test_the_controls_are_those_of_the_definition_and_have_no_mean():
 
 def test_the_axes_are_the_principal_ones():
     x = normal(300, 12) * 2.0 ** -torch.arange(12)
-    axes, lam = ReferenceSet(x, None, False, "cpu", 100).principal_axes(4, 0)
-    exact, vectors = torch.linalg.eigh(torch.cov(x.T, correction=0))
+    axes = ReferenceSet(x, None, False, "cpu", 100).near_principal_axes(4, 0)
+    covariance = torch.cov(x.T, correction=0)
+    lam, turn = torch.linalg.eigh(axes.T @ covariance @ axes)
+    exact, vectors = torch.linalg.eigh(covariance)
     torch.testing.assert_close(lam, exact[-4:], rtol=1e-2, atol=0)
     torch.testing.assert_close(axes.T @ axes, torch.eye(4).double())
-    assert (axes * vectors[:, -4:]).sum(0).abs().min() > 0.99
+    assert ((axes @ turn) * vectors[:, -4:]).sum(0).abs().min() > 0.99
 
 
 def test_the_regression_leaves_one_out():
@@ -232,7 +233,9 @@ def test_draws_of_one_class_see_that_class_alone():
     positions = torch.tensor([0, 9, 10, 29])
     assert reference.group_of(positions).tolist() == [0, 0, 1, 2]
     rows = reference.rows(torch.arange(30))
-    sums = pair_sums(reference, positions, normal(4, 3), torch.tensor([1e-3]).double(), silent)
+    inv, axes = torch.tensor([1e-3], dtype=torch.float64), normal(3, 2, seed=1)
+    sums, within = pair_sums(reference, positions, normal(4, 3), inv, axes, Work(None, {}))
+    torch.testing.assert_close(within, axes.T @ (rows.T @ rows) @ axes / 30)
     torch.testing.assert_close(sums.kernels[:, 0], torch.full((2, 4), 10.0).double(), rtol=1e-2, atol=0)
     torch.testing.assert_close(rows[:10] + x[::3].mean(0), x[::3])
 
