@@ -20,7 +20,7 @@ from torch import Tensor
 
 _PIXEL = 1 / 127.5  # the data are u / 127.5 - 1
 _GRID = 2.0**-11
-_LARGEST = 127 * 128 + 63  # of eps in steps of the grid, where hi = 127 and lo = 63: 8 standard deviations
+_LARGEST = 2**14 - 1  # of eps in steps of the grid, where hi = lo = 127: 8 standard deviations
 
 
 class Arithmetic(NamedTuple):
@@ -85,7 +85,7 @@ def _seconds(arithmetic: Arithmetic) -> float:
 
 
 def on_grid(noise: Tensor) -> Tensor:
-    """Return noise rounded to the grid, in whole steps of 2^-11, int32; what lies beyond 7.96 stays there."""
+    """Return noise rounded to the grid, in whole steps of 2^-11, int32; 8 standard deviations at most."""
     return (noise / _GRID).round().clamp(-_LARGEST, _LARGEST).to(torch.int32)
 
 
@@ -103,9 +103,8 @@ class PixelDraws:
         self.size = len(points)
         z = _centred(points)
         steps = z[:0].int() if noise is None else on_grid(noise)
-        high = (steps + 64) >> 7
-        low = steps - 128 * high
-        self.stacked = self.arithmetic.prepared(torch.cat([z, high.to(torch.int8), low.to(torch.int8)]))
+        factors = [z, (steps >> 7).to(torch.int8), (steps & 127).to(torch.int8)]
+        self.stacked = self.arithmetic.prepared(torch.cat(factors))
         self.squares = _squares(z)
         self.along = (steps * z[: len(steps)]).sum(1).double()
 
