@@ -45,6 +45,8 @@ def load_images(
         if split not in data:
             raise ValueError(f"`split` {split!r} is not in {source!r}; choose one of {list(data)}.")
         data = data[split]
+    elif split not in ("train", str(data.split)):  # a single one, whatever it is called
+        raise ValueError(f"`split` {split!r} is not in {source!r}; choose one of {[str(data.split or 'train')]}.")
     if column not in data.column_names:
         raise ValueError(f"`column` {column!r} is not in {source!r}; choose one of {data.column_names}.")
     return data.cast_column(column, datasets.Image(decode=False))
@@ -111,18 +113,27 @@ class ImageTensors(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         return len(self._cells)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        pixels, label = self.pixels(index)
+        return pixels / 127.5 - 1, torch.tensor(label)
+
+    def pixels(self, index: int) -> tuple[Tensor, int]:
+        """Return an image as bytes, uint8 (channels, resolution, resolution), and its class."""
         row = self._cells[index]
         cell, label = row[self._column], row[self._label_column] if self._label_column else 0
         if self._label_column and not (isinstance(label, int) and 0 <= label < self._num_classes):
             raise ValueError(f"Image {index} has class {label}, outside [0, {self._num_classes}): set `num_classes`.")
         try:
-            encoded = Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
-            image = _fit(_eight_bits(ImageOps.exif_transpose(encoded)).convert(self._mode), self._resolution)
+            image = _fit(_eight_bits(ImageOps.exif_transpose(open_image(cell))).convert(self._mode), self._resolution)
         except (UnidentifiedImageError, OSError, TypeError, ValueError, Image.DecompressionBombError) as error:
             where = f" ({cell['path']})" if cell and cell.get("path") else ""
             raise ValueError(f"Image {index} of the data set{where} cannot be decoded: {error}") from None
         pixels = torch.from_numpy(np.array(image)).reshape(self._resolution, self._resolution, -1)
-        return pixels.permute(2, 0, 1) / 127.5 - 1, torch.tensor(label)
+        return pixels.permute(2, 0, 1), label
+
+
+def open_image(cell: dict[str, Any]) -> Image.Image:
+    """Open the undecoded image of a cell: bytes or a path."""
+    return Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -119,7 +119,15 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("-o", "--output", metavar="FILE", help="draw what the configuration optimises")
     check.set_defaults(run=_doctor)
 
-    from snrweights.integrations import audit_run, launch
+    from snrweights.integrations import audit_run, launch, optimal_run
+
+    optimum = commands.add_parser(
+        "optimal-loss",
+        help="compute what no denoiser can beat on a data set, at every noise level",
+        description="Compute what no denoiser can beat on a data set, at every noise level, and write it to a file.",
+    )
+    optimal_run.add_arguments(optimum)
+    optimum.set_defaults(run=optimal_run.run)
 
     for name, module, summary in (
         ("audit", audit_run, "run a training script for a few steps and say what its loss weighs"),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from snrweights.files import save_tensors
 
 ROWS = ("count", "sum", "squares", "nonfinite", "gradients", "gradient_squares")
 _SIGNED = ROWS.index("sum")  # the only moments that may be negative
@@ -62,10 +63,7 @@ def _expect(holds: bool, state: dict[str, Tensor], name: str, otherwise: str) ->
 
 def write_state(path: str | os.PathLike[str], state: dict[str, Tensor], options: dict[str, Any]) -> None:
     """Write a state as safetensors, aside and then renamed; the options go into its metadata."""
-    path = Path(path)
-    aside = path.with_name(path.name + ".tmp")
-    save_file(state, aside, metadata={"options": json.dumps(options)})
-    os.replace(aside, path)
+    save_tensors(path, state, {"options": json.dumps(options)})
 
 
 def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

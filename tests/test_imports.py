@@ -12,10 +12,11 @@ PACKAGE = Path(snrweights.__file__).parent
 
 # a module imports from lower floors only; a new module must be given one
 FLOORS = [
-    {"measure", "schedules", "predictions", "seeds", "settings", "version"},
+    {"files", "measure", "schedules", "predictions", "seeds", "settings", "version", "optimal.exact"},
     {"schedulers", "densities", "process", "statistics", "tracker_state", "uncertainty"}
-    | {"optimal.controls", "optimal.curve", "optimal.pairs", "optimal.reference"},
-    {"drawn", "tracking", "uniforms", "optimal.small_noise"},
+    | {"optimal.controls", "optimal.curve", "optimal.pairs", "optimal.reference"}
+    | {"optimal.sources", "optimal.work"},
+    {"drawn", "tracking", "uniforms", "optimal.draws", "optimal.small_noise"},
     {"quantiles", "history", "weightings.bound", "optimal.estimator"},
     {"weightings.base", "optimal.subsets"},
     {"optimal"},

@@ -9,10 +9,11 @@ import torch
 
 from snrweights.optimal import OptimalLossCurve, optimal_loss
 from snrweights.optimal.controls import controls, regressed
-from snrweights.optimal.estimator import PairSums, pair_sums
-from snrweights.optimal.pairs import Draws, distances, level_sums
+from snrweights.optimal.draws import PairSums, pair_sums
+from snrweights.optimal.pairs import draws_of, level_sums
 from snrweights.optimal.reference import ReferenceSet
 from snrweights.optimal.subsets import subset_optimal_loss
+from snrweights.optimal.work import Work
 from snrweights.seeds import generator
 
 SIGMAS = torch.tensor([0.3, 0.6, 1.0, 3.0], dtype=torch.float64)
@@ -25,10 +26,6 @@ def normal(*shape, seed=0):
 def posterior(x, sources, noise, sigma):
     """W (M, N) at x_g + sigma eps, by definition."""
     return (-torch.cdist(sources + sigma * noise, x).square() / (2 * sigma**2)).softmax(1)
-
-
-def silent(*_):
-    pass
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
@@ -52,7 +49,7 @@ def test_the_seed_gives_the_bits():
 
 def test_sums_over_parts_of_the_points_add_up():
     x, noise = normal(40, 3), normal(9, 3, seed=1)
-    inv, draws, drawn = SIGMAS.reciprocal().flip(0), torch.arange(9), Draws(x[:9], noise)
+    inv, draws, drawn = SIGMAS.reciprocal().flip(0), torch.arange(9), draws_of(x[:9], noise)
     whole, left, right = (PairSums.zeros(4, 9, x.device) for _ in range(3))
     whole.add(x, drawn, inv, draws)
     left.add(x[:15], drawn, inv, draws)
@@ -66,7 +63,7 @@ def test_sums_over_parts_of_the_points_add_up():
 def test_every_draw_is_half_the_posterior_mean_of_d():
     x, noise = normal(40, 3), normal(9, 3, seed=1)
     sums = PairSums.zeros(4, 9, x.device)
-    sums.add(x, Draws(x[:9], noise), SIGMAS.reciprocal().flip(0), torch.arange(9))
+    sums.add(x, draws_of(x[:9], noise), SIGMAS.reciprocal().flip(0), torch.arange(9))
     d = torch.cdist(x[:9], x).square()
     for level, sigma in enumerate(SIGMAS.flip(0)):
         both = [(posterior(x, x[:9], sign * noise, sigma) * d).sum(1) / 2 for sign in (1, -1)]
@@ -94,8 +91,10 @@ def test_three_forms_have_one_mean():
 
 def test_the_controls_are_those_of_the_definition_and_have_no_mean():
     reference = ReferenceSet(normal(200, 8) * torch.arange(1, 9), None, False, "cpu", 64)
-    axes, lam = reference.principal_axes(3, 0)
     rows, noise = reference.rows(torch.arange(200)), normal(200, 8, seed=2)
+    axes = reference.near_principal_axes(3, 0)
+    lam, turn = torch.linalg.eigh(axes.T @ (rows.T @ rows) @ axes / 200)
+    axes = axes @ turn
     c = controls(rows, noise, SIGMAS, reference.variance, axes, lam)
     for level, s in enumerate(SIGMAS):
         gain = lam / (lam + s**2)
@@ -110,11 +109,13 @@ def test_the_controls_are_those_of_the_definition_and_have_no_mean():
 
 def test_the_axes_are_the_principal_ones():
     x = normal(300, 12) * 2.0 ** -torch.arange(12)
-    axes, lam = ReferenceSet(x, None, False, "cpu", 100).principal_axes(4, 0)
-    exact, vectors = torch.linalg.eigh(torch.cov(x.T, correction=0))
+    axes = ReferenceSet(x, None, False, "cpu", 100).near_principal_axes(4, 0)
+    covariance = torch.cov(x.T, correction=0)
+    lam, turn = torch.linalg.eigh(axes.T @ covariance @ axes)
+    exact, vectors = torch.linalg.eigh(covariance)
     torch.testing.assert_close(lam, exact[-4:], rtol=1e-2, atol=0)
     torch.testing.assert_close(axes.T @ axes, torch.eye(4).double())
-    assert (axes * vectors[:, -4:]).sum(0).abs().min() > 0.99
+    assert ((axes @ turn) * vectors[:, -4:]).sum(0).abs().min() > 0.99
 
 
 def test_the_regression_leaves_one_out():
@@ -138,9 +139,12 @@ def test_the_regression_has_no_bias_at_few_draws():
     assert abs(means.mean() - 1) < 3 * means.std() / 200
 
 
-@pytest.mark.parametrize("sigma", [0.4, 1.0, 4.0])
+@pytest.mark.parametrize("sigma", [0.06, 0.19, 0.4, 1.0, 4.0])
 def test_the_error_bars_hold(sigma):
-    """Over 300 replications: the share of |z| < 1.96 within 3 standard errors of .95, and no bias."""
+    """Over 300 replications: the share of |z| < 1.96 within 3 standard errors of .95, and no bias.
+
+    At the smallest levels 40 and 100 of the 200 draws are confused.
+    """
     x = normal(12, 2, seed=3)
     exact = optimal_loss(x, [sigma], draws=100_000, seed=999)
     z = torch.cat(
@@ -194,7 +198,7 @@ def test_near_duplicates_far_from_the_origin_in_single_precision():
     noise = normal(64, 768, seed=2).float()
     inv = torch.tensor([1 / 0.002], dtype=torch.float64)
     found = PairSums.zeros(1, 64, x.device)
-    found.add(x, Draws(x[:64], noise), inv, torch.arange(64))
+    found.add(x, draws_of(x[:64], noise), inv, torch.arange(64))
     d = (x.double()[:64, None] - x.double()).square().sum(2)
     e = ((x.double() - x.double()[:64, None]) * noise.double()[:, None]).sum(2)
     w = [(sign * e / 0.002 - d / (2 * 0.002**2)).softmax(1) for sign in (1, -1)]
@@ -209,7 +213,7 @@ def test_near_duplicates_far_from_the_origin_in_single_precision():
 def test_distances_are_exact_for_the_source_and_its_twins():
     x = normal(30, 50).float()
     x[7] = x[3]
-    d, e, twins = distances(x, Draws(x[[3, 5]], normal(2, 50, seed=1).float()))
+    d, e, twins = draws_of(x[[3, 5]], normal(2, 50, seed=1).float()).distances(x)
     assert d[0, 3] == d[0, 7] == d[1, 5] == e[0, 3] == e[0, 7] == e[1, 5] == 0
     assert twins.tolist() == [2, 1]
 
@@ -232,7 +236,9 @@ def test_draws_of_one_class_see_that_class_alone():
     positions = torch.tensor([0, 9, 10, 29])
     assert reference.group_of(positions).tolist() == [0, 0, 1, 2]
     rows = reference.rows(torch.arange(30))
-    sums = pair_sums(reference, positions, rows[positions], normal(4, 3), torch.tensor([1e-3]).double(), silent)
+    inv, axes = torch.tensor([1e-3], dtype=torch.float64), normal(3, 2, seed=1)
+    sums, within = pair_sums(reference, positions, normal(4, 3), inv, axes, Work(None, {}))
+    torch.testing.assert_close(within, axes.T @ (rows.T @ rows) @ axes / 30)
     torch.testing.assert_close(sums.kernels[:, 0], torch.full((2, 4), 10.0).double(), rtol=1e-2, atol=0)
     torch.testing.assert_close(rows[:10] + x[::3].mean(0), x[::3])
 
@@ -386,7 +392,7 @@ def test_logits_are_right_wherever_a_pair_counts():
     """At s² = d / 160, the smallest level at which a pair at d counts, in single precision at ||x||² = 700."""
     x = normal(1, 768) + torch.logspace(-3, 1, 200)[:, None] * torch.nn.functional.normalize(normal(200, 768, seed=1))
     x = torch.cat([normal(1, 768), x]).float()
-    d, _, _ = distances(x, Draws(x[:1]))
+    d, _, _ = draws_of(x[:1]).distances(x)
     exact = (x.double() - x[0].double()).square().sum(1)[1:]
     assert ((d[0, 1:] - exact).abs() * 80 / exact).max() < 4e-3
 

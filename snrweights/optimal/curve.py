@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from snrweights.files import save_tensors
 from snrweights.predictions import log_error_ratio
 
 HOW = ("pairs", "importance", "bound")
@@ -132,11 +132,8 @@ class OptimalLossCurve:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the curve as safetensors, aside and then renamed; what it was made from goes into the metadata."""
-        path = Path(path)
-        aside = path.with_name(path.name + ".tmp")
-        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
-        save_file(tensors, aside, metadata={"how": json.dumps(self.how), "made": json.dumps(self.made)})
-        os.replace(aside, path)
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        save_tensors(path, tensors, {"how": json.dumps(self.how), "made": json.dumps(self.made)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> OptimalLossCurve:

@@ -7,9 +7,12 @@ With inv = 1/s the kernel of the point, in units of the source's own, is k = exp
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from snrweights.optimal.exact import PixelDraws
 
 # A logit is wrong by (error of d) / (2 s²), and a pair counts while d / (8 s²) is under 20: to keep logits within 1e-3,
 # pairs nearer than 20 / 1e-3 times the rounding of d are done again by explicit difference.
@@ -23,12 +26,32 @@ Sums = tuple[Tensor, Tensor]
 Dense = Callable[[Tensor, Tensor, Tensor], Sums]
 
 
-class Draws:
-    """Sources x_g and noise eps of M draws, (M, D) each, with what every chunk of points needs of them.
+class Draws(Protocol):
+    """Sources x_g and noise eps of M draws, with what every chunk of points needs of them."""
+
+    def distances(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return d (M, n), e (M, n) and the number of points at distance 0 (M,), of rows (n, D).
+
+        e is (0, n) without noise.
+        """
+
+
+def draws_of(points: Tensor, noise: Tensor | None = None) -> Draws:
+    """Return draws of sources ``points`` (M, D): pixels in exact integers, floats by products and a second look.
 
     Args:
-        sources: rows of the reference set.
-        noise: eps, or None where only distances are wanted.
+        points: of a reference set, as ``ReferenceSet.points`` has them, uint8 or floating; later rows likewise.
+        noise: eps (M, D), or None where only distances are wanted; pixels have it rounded to a grid of 2^-11.
+    """
+    return PixelDraws(points, noise) if points.dtype == torch.uint8 else FloatDraws(points, noise)
+
+
+class FloatDraws:
+    """Draws of floating data. Two matrix products; near pairs, the source itself among them, again in float64.
+
+    Args:
+        sources: (M, D).
+        noise: eps (M, D), or None.
     """
 
     def __init__(self, sources: Tensor, noise: Tensor | None = None) -> None:
@@ -37,27 +60,23 @@ class Draws:
         self.squares = sources.square().sum(1)
         self.along = (self.noise * sources[: len(self.noise)]).sum(1)
 
-
-def distances(rows: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
-    """Return d (M, n), e (M, n) and the number of points at distance 0 (M,), of rows (n, D); e is (0, n) without noise.
-
-    Two matrix products; near pairs, the source itself among them, are done again in float64.
-    """
-    products = draws.stacked @ rows.T
-    inner, e = products[: len(draws.sources)], products[len(draws.sources) :]
-    row_squares = rows.square().sum(1)
-    d = inner.mul_(-2).add_(row_squares).add_(draws.squares[:, None])
-    e -= draws.along[:, None]
-    near = d < _NEAR * _ROUNDING * torch.finfo(d.dtype).eps * (row_squares.max() + draws.squares[:, None])
-    zeros = torch.zeros(len(d), dtype=torch.int64, device=d.device)
-    for m, n in zip(*(i.split(max(1, _NUMBERS_AT_ONCE // rows.shape[1])) for i in near.nonzero().T), strict=True):
-        difference = rows[n].double() - draws.sources[m].double()
-        exact = difference.square().sum(1)
-        d[m, n] = exact.to(d.dtype)
-        if len(e):
-            e[m, n] = (difference * draws.noise[m].double()).sum(1).to(e.dtype)
-        zeros.index_add_(0, m, (exact == 0).long())
-    return d, e, zeros
+    def distances(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return d (M, n), e (M, n) and the number of points at distance 0 (M,), of rows (n, D)."""
+        products = self.stacked @ rows.T
+        inner, e = products[: len(self.sources)], products[len(self.sources) :]
+        row_squares = torch.linalg.vecdot(rows, rows)
+        d = inner.mul_(-2).add_(row_squares).add_(self.squares[:, None])
+        e -= self.along[:, None]
+        near = d < _NEAR * _ROUNDING * torch.finfo(d.dtype).eps * (row_squares.max() + self.squares[:, None])
+        zeros = torch.zeros(len(d), dtype=torch.int64, device=d.device)
+        for m, n in zip(*(i.split(max(1, _NUMBERS_AT_ONCE // rows.shape[1])) for i in near.nonzero().T), strict=True):
+            difference = rows[n].double() - self.sources[m].double()
+            exact = difference.square().sum(1)
+            d[m, n] = exact.to(d.dtype)
+            if len(e):
+                e[m, n] = (difference * self.noise[m].double()).sum(1).to(e.dtype)
+            zeros.index_add_(0, m, (exact == 0).long())
+        return d, e, zeros
 
 
 def dense_sums(d: Tensor, e: Tensor, inv: Tensor) -> Sums:

@@ -12,13 +12,15 @@ from torch import Tensor
 from snrweights.seeds import generator
 
 _POWER_ITERATIONS = 3
+_POINTS_FOR_AXES = 1024
 
 
 class ReferenceSet:
     """The points that a denoiser of the data would have to tell apart, as rows of ``dim`` numbers.
 
     A position in [0, size) is one point. Points of one label have neighbouring positions, a *group*; without labels
-    there is one group. Rows are centred on the mean of their group, which changes no distance inside it.
+    there is one group. Rows are centred on the mean of their group, which changes no distance inside it. Making the set
+    reads the data once, in their own order: for the means, the variance and the fingerprint.
 
     Args:
         data: (N, ...) floating, or uint8, which is read as u / 127.5 - 1.
@@ -26,6 +28,13 @@ class ReferenceSet:
         flips: whether the mirror image of each point, data.flip(-1), is a point too.
         device: where the rows come to.
         chunk: rows at a time.
+
+    Attributes:
+        size: number of points.
+        dim: numbers of a point.
+        groups: of positions.
+        variance: mean of ||row||².
+        dtype: of the rows.
 
     Raises:
         TypeError: data of another dtype.
@@ -43,76 +52,113 @@ class ReferenceSet:
             raise ValueError(f"`flips` needs `data` (N, C, H, W), got {tuple(data.shape)}.")
         if labels is not None and labels.shape != (len(data),):
             raise ValueError(f"`labels` must be ({len(data)},), one per point, got {tuple(labels.shape)}.")
-        self._data, self.flips, self.device, self.chunk = data, flips, torch.device(device), chunk
+        self._data, self.flips, self.device, self.chunk = data.detach(), flips, torch.device(device), chunk
         self.dtype = torch.float64 if data.dtype == torch.float64 else torch.float32
         self.size, self.dim = len(data) * (1 + flips), data[0].numel()
         self._order: Tensor | None = None
         self.groups = [range(self.size)]
+        own = torch.zeros(len(data), dtype=torch.int64)
         if labels is not None:
-            labels = labels.repeat(1 + flips).cpu()
-            self._order = labels.argsort(stable=True)
-            ends = labels.unique(return_counts=True)[1].cumsum(0).tolist()
+            own = labels.cpu().unique(return_inverse=True)[1]
+            self._order = own.repeat(1 + flips).argsort(stable=True)
+            ends = (own.bincount() * (1 + flips)).cumsum(0).tolist()
             self.groups = [range(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
-        self._means = torch.zeros(len(self.groups), self.dim, dtype=torch.float64, device=self.device)
-        for i, group in enumerate(self.groups):
-            sums = [rows.sum(0, dtype=torch.float64) for _, rows in self.chunks(group)]  # not yet centred
-            self._means[i] = torch.stack(sums).sum(0) / len(group)
-        if not bool(self._means.isfinite().all()):
+        self._measure(own)
+
+    def _measure(self, own: Tensor) -> None:
+        """Read the data once: means of the groups (points belong to ``own``, (N,)), variance, fingerprint.
+
+        Sums of x - shift and (x - shift)², of bytes exact whatever the chunks; ||x - mean||² follows from them.
+        """
+        bytes_ = self._data.dtype == torch.uint8
+        shift = torch.full((1, self.dim), 128.0).double() if bytes_ else self._data[:1].double().flatten(1).cpu()
+        shift = self._with_mirror_image(shift)
+        sums = torch.zeros(len(self.groups), self.dim, dtype=torch.float64)
+        squares = torch.zeros((), dtype=torch.float64)
+        digest = hashlib.sha256(str((self._data.dtype, tuple(self._data.shape))).encode())
+        for part, numbers in zip(self._data.split(self.chunk), own.split(self.chunk), strict=True):
+            part = part.cpu().contiguous()
+            digest.update(part.view(torch.uint8).numpy().data)
+            rows = part.flatten(1).double() - shift
+            sums.index_add_(0, numbers, rows)
+            squares += rows.square().sum()
+        if self._order is not None:
+            digest.update(own.numpy())
+        count = own.bincount()[:, None]
+        mean = self._with_mirror_image(sums / count)
+        squares = squares - 2 * (mean * sums).sum() + (count * mean.square()).sum()
+        if not bool(squares.isfinite()):
             raise ValueError("`data` holds values that are not finite.")
-        squares = sum(float(rows.double().square().sum()) for group in self.groups for _, rows in self.chunks(group))
-        self.variance: float = squares / self.size
+        self._fingerprint = digest.hexdigest()
+        scale = 127.5 if bytes_ else 1.0
+        self.variance: float = float(squares) / len(own) / scale**2
+        self._means = ((mean + shift) / scale - (1.0 if bytes_ else 0.0)).to(self.device)
 
-    def chunks(self, group: range) -> Iterator[tuple[range, Tensor]]:
-        """Yield (positions, rows) of a group, ``chunk`` at a time."""
-        for start in range(group.start, group.stop, self.chunk):
-            positions = range(start, min(start + self.chunk, group.stop))
-            yield positions, self.rows(torch.arange(positions.start, positions.stop))
+    def _with_mirror_image(self, rows: Tensor) -> Tensor:
+        """Return the mean of rows and their mirror images, if those are points too."""
+        if not self.flips:
+            return rows
+        images = rows.unflatten(1, self._data.shape[1:])
+        return ((images + images.flip(-1)) / 2).flatten(1)
 
-    def rows(self, positions: Tensor) -> Tensor:
-        """Return the centred rows (B, dim) at positions (B,)."""
+    def chunks(self, group: range | None = None) -> Iterator[tuple[int, range]]:
+        """Yield (number of the group, positions), ``chunk`` positions at a time, of a part of one group or of all."""
+        for number, whole in enumerate(self.groups) if group is None else [(self._number(group), group)]:
+            for start in range(whole.start, whole.stop, self.chunk):
+                yield number, range(start, min(start + self.chunk, whole.stop))
+
+    def _number(self, group: range) -> int:
+        return int(self.group_of(torch.tensor([group.start])))
+
+    def points(self, positions: range | Tensor) -> Tensor:
+        """Return what distances are computed from (B, dim): uint8 as it is stored, for exact ones; else the rows."""
+        return self._stored(positions) if self._data.dtype == torch.uint8 else self.rows(positions)
+
+    def _stored(self, positions: range | Tensor) -> Tensor:
+        """Return a copy of the data at positions (B,), flat (B, dim), in their own dtype."""
+        positions = torch.arange(positions.start, positions.stop) if isinstance(positions, range) else positions
         index = positions if self._order is None else self._order[positions]
-        mirrored = index >= len(self._data)
         images = self._data[(index % len(self._data)).to(self._data.device)].to(self.device)
-        images = images / 127.5 - 1 if images.dtype == torch.uint8 else images.to(self.dtype)
         if self.flips:
-            mirrored = mirrored.to(self.device)
+            mirrored = (index >= len(self._data)).to(self.device)
             images[mirrored] = images[mirrored].flip(-1)
-        return images.flatten(1).sub_(self._means[self.group_of(positions)].to(self.dtype))
+        return images.flatten(1)
+
+    def rows(self, positions: range | Tensor) -> Tensor:
+        """Return the centred rows (B, dim) at positions (B,)."""
+        return self._centred(self._stored(positions), positions)
+
+    def rows_of(self, points: Tensor, positions: range | Tensor) -> Tensor:
+        """Return the centred rows of what ``points`` returned for the positions."""
+        return self._centred(points, positions) if points.dtype == torch.uint8 else points
+
+    def _centred(self, stored: Tensor, positions: range | Tensor) -> Tensor:
+        rows = stored / 127.5 - 1 if stored.dtype == torch.uint8 else stored.to(self.dtype)
+        inside = torch.tensor([positions.start]) if isinstance(positions, range) else positions  # a range: one group
+        return rows.sub_(self._means[self.group_of(inside)].to(self.dtype))
 
     def group_of(self, positions: Tensor) -> Tensor:
         """Return the numbers of the groups that positions belong to."""
         return torch.bucketize(positions, torch.tensor([group.stop for group in self.groups]), right=True)
 
-    def principal_axes(self, rank: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Return orthonormal columns (dim, rank) near the principal axes, and the data's exact variance along each.
+    def near_principal_axes(self, rank: int, seed: int) -> Tensor:
+        """Return orthonormal columns (dim, rank), float64, near the principal axes of some 1024 of the points.
 
-        Subspace iteration, so that the axes are those of the covariance only approximately beyond the first; nothing
-        that is built on them depends on it, since the variances are those of the columns that are returned.
+        Nothing that is built on them depends on how near they are, if it takes the data's own variance along them.
         """
-        rank = min(rank, self.dim)
-        axes = torch.randn(self.dim, rank, dtype=torch.float64, generator=generator(seed, 1)).to(self.device)
+        stream = generator(seed, 1)
+        axes = torch.randn(self.dim, min(rank, self.dim), dtype=torch.float64, generator=stream).to(self.device)
+        some = torch.randint(self.size, (_POINTS_FOR_AXES,), generator=stream).sort().values
+        some = some if self.size > _POINTS_FOR_AXES else torch.arange(self.size)
+        rows = torch.cat([self.rows(part) for part in some.split(self.chunk)])
         for _ in range(_POWER_ITERATIONS):
-            axes = torch.linalg.qr(self._covariance_times(torch.linalg.qr(axes)[0]))[0]
-        within = axes.T @ self._covariance_times(axes)
-        variances, turn = torch.linalg.eigh((within + within.T) / 2)
-        return axes @ turn, variances
-
-    def _covariance_times(self, axes: Tensor) -> Tensor:
-        product = torch.zeros_like(axes)
-        for group in self.groups:
-            for _, rows in self.chunks(group):
-                product += (rows.T @ (rows @ axes.to(self.dtype))).double()
-        return product / self.size
+            axes = torch.linalg.qr((rows.T @ (rows @ torch.linalg.qr(axes)[0].to(rows))).double())[0]
+        return axes
 
     def provenance(self) -> dict[str, Any]:
         """Return what identifies the set: a SHA-256 of the data and labels, sizes and scale."""
-        digest = hashlib.sha256(str((self._data.dtype, tuple(self._data.shape))).encode())
-        for part in self._data.split(self.chunk):
-            digest.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        if self._order is not None:
-            digest.update(self._order.numpy().tobytes())
         return {
-            "data": digest.hexdigest(),
+            "data": self._fingerprint,
             "points": self.size,
             "dim": self.dim,
             "variance": self.variance,

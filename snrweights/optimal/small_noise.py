@@ -6,18 +6,18 @@ point x ~ N(mid-point, s² I) gives J = (1/2N) Σ B E[h] with h = √(p_g p_n) /
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from snrweights.optimal.pairs import Draws, distances, level_sums
+from snrweights.optimal.pairs import Draws, draws_of, level_sums
 from snrweights.optimal.reference import ReferenceSet
+from snrweights.optimal.work import Work
 from snrweights.seeds import generator
 
 SMALL_NOISE = ("importance", "bound")
-_Report = Callable[[str, float], None]
+_Tile = tuple[range, range]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class PairBound:
 
     Attributes:
         sigmas: (L,).
-        rows: (L, N) the sums.
+        rows: (L, N) the sums, the one thing here that grows with both.
     """
 
     sigmas: Tensor
@@ -38,19 +38,27 @@ class PairBound:
         return self.rows.mean(1) / 4
 
 
-def pair_bound(reference: ReferenceSet, sigmas: Tensor, report: _Report) -> PairBound:
+def pair_bound(reference: ReferenceSet, sigmas: Tensor, work: Work) -> PairBound:
     """Return the bound and its sums at ``sigmas`` (L,), increasing, from all pairs of the reference set."""
     rows = torch.zeros(len(sigmas), reference.size, dtype=torch.float64)
-    for group in reference.groups:
-        for own, left in reference.chunks(group):
-            draws = Draws(left)
-            for other, right in reference.chunks(range(own.start, group.stop)):
-                by_left, by_right = _bound_sums(distances(right, draws)[0], sigmas)
-                rows[:, own.start : own.stop] += by_left.cpu()
-                if other.start != own.start:  # the tile beyond the diagonal, by symmetry
-                    rows[:, other.start : other.stop] += by_right.cpu()
-            report("pairs", own.stop / reference.size)
-    return PairBound(sigmas, rows)
+    left: tuple[range, Draws] | None = None  # of the last tile
+
+    def add(tile: _Tile) -> None:
+        nonlocal left
+        own, other = tile
+        if left is None or left[0] != own:
+            left = own, draws_of(reference.points(own))
+        by_left, by_right = _bound_sums(left[1].distances(reference.points(other))[0], sigmas)
+        rows[:, own.start : own.stop] += by_left.cpu()
+        if other != own:  # the tile beyond the diagonal, by symmetry
+            rows[:, other.start : other.stop] += by_right.cpu()
+
+    tiles = [
+        (own, other)
+        for number, own in reference.chunks()
+        for _, other in reference.chunks(range(own.start, reference.groups[number].stop))
+    ]
+    return PairBound(sigmas, work.sums("pairs", tiles, [rows], add)[0])
 
 
 def _bound_sums(d: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,22 +84,22 @@ def _bound_terms(d: Tensor, sigma: float) -> Tensor:
     return d * torch.exp(-d / (8 * sigma**2))
 
 
-def importance(
-    reference: ReferenceSet, bound: PairBound, draws: int, seed: int, report: _Report
-) -> tuple[Tensor, Tensor]:
+def importance(reference: ReferenceSet, bound: PairBound, draws: int, seed: int, work: Work) -> tuple[Tensor, Tensor]:
     """Return J (L,) and its standard error at the levels of the bound, ``draws`` antithetic pairs for each.
 
     The sum of all Σ B = 0 in float64 (distances beyond 77 s) gives J = 0.
     """
     value, stderr = torch.zeros(2, len(bound.sigmas), dtype=torch.float64)
-    for level, sigma in enumerate(bound.sigmas.tolist()):
-        report("near pairs", level / len(bound.sigmas))
-        if float(bound.rows[level].sum()) > 0:
-            share = _share_of_middle(reference, bound.rows[level], sigma, draws, generator(seed, 2, level))
-            factor = 2 * float(bound.value[level])
-            value[level], stderr[level] = factor * share.mean(), factor * share.std() / draws**0.5
-    report("near pairs", 1.0)
-    return value, stderr
+
+    def add(level: int) -> None:
+        stream = generator(seed, 2, level)
+        share = _share_of_middle(reference, bound.rows[level], float(bound.sigmas[level]), draws, stream)
+        factor = 2 * float(bound.value[level])
+        value[level], stderr[level] = factor * share.mean(), factor * share.std() / draws**0.5
+
+    levels = [level for level, row in enumerate(bound.rows) if float(row.sum()) > 0]
+    summed = work.sums("near pairs", levels, [value, stderr], add)
+    return summed[0], summed[1]
 
 
 def _share_of_middle(
@@ -109,20 +117,45 @@ def _share_of_middle(
     for number, group in enumerate(reference.groups):
         drawn = (own == number).nonzero().squeeze(1)
         if len(drawn):
-            first = reference.rows(positions[drawn])
-            second = reference.rows(_partners(reference, group, first, uniform[drawn], sigma))
+            partners = _partners(reference, group, positions[drawn], uniform[drawn], sigma)
+            first, second = reference.rows(positions[drawn]), reference.rows(partners)
             h[drawn] = _h(reference, group, first, second, noise[drawn].to(first), sigma).cpu()
     return h
 
 
-def _partners(reference: ReferenceSet, group: range, first: Tensor, uniform: Tensor, sigma: float) -> Tensor:
-    """Return positions n (M,) drawn with probability ∝ d e^{-d/8s²} of their distance to the rows ``first``."""
-    draws = Draws(first)
-    near = [distances(rows, draws)[0].double() for _, rows in reference.chunks(group)]
-    terms = _bound_terms(torch.cat(near, dim=1), sigma)
-    sums = terms.cumsum(1)
-    wanted = uniform[:, None].to(sums) * sums[:, -1:]
-    return group.start + torch.searchsorted(sums, wanted).squeeze(1).clamp_max(len(group) - 1).cpu()
+def _partners(reference: ReferenceSet, group: range, positions: Tensor, uniform: Tensor, sigma: float) -> Tensor:
+    """Return positions n (M,) drawn with probability ∝ d e^{-d/8s²} of their distance to those at ``positions``.
+
+    First a chunk by its sum, then a point in it, so that no more than (M, chunk) distances are there at a time.
+    """
+    first, chunks = reference.points(positions), [chunk for _, chunk in reference.chunks(group)]
+    draws = draws_of(first)
+    sums = torch.stack([_near(reference, chunk, draws, sigma).sum(1) for chunk in chunks], dim=1)
+    number, uniform = _drawn(sums, uniform.to(sums))
+    partners = torch.empty_like(positions)
+    for each, chunk in enumerate(chunks):
+        chosen = (number == each).nonzero().squeeze(1)
+        if len(chosen):
+            terms = _near(reference, chunk, draws_of(first[chosen]), sigma)
+            partners[chosen.cpu()] = chunk.start + _drawn(terms, uniform[chosen])[0].cpu()
+    return partners
+
+
+def _near(reference: ReferenceSet, chunk: range, draws: Draws, sigma: float) -> Tensor:
+    return _bound_terms(draws.distances(reference.points(chunk))[0].double(), sigma)
+
+
+def _drawn(shares: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the column (M,) that each uniform number draws from its row of shares (M, n), and what is left of it.
+
+    What is left, its place inside the column's share, is uniform again.
+    """
+    sums = shares.cumsum(1)
+    wanted = uniform[:, None] * sums[:, -1:]
+    column = torch.searchsorted(sums, wanted, right=True).clamp_max(shares.shape[1] - 1)
+    share = shares.gather(1, column)
+    left = ((wanted - sums.gather(1, column) + share) / share).clamp(0, 1)
+    return column.squeeze(1), left.squeeze(1)
 
 
 def _h(reference: ReferenceSet, group: range, first: Tensor, second: Tensor, noise: Tensor, sigma: float) -> Tensor:
@@ -138,10 +171,10 @@ def _h(reference: ReferenceSet, group: range, first: Tensor, second: Tensor, noi
         towards = (sign * along > 0)[:, None]  # x is nearer to the second
         source = torch.where(towards, second, first)
         offset = torch.where(towards, -across, across) / (2 * sigma) + sign * noise
-        draws = Draws(source, offset)
+        draws = draws_of(source, offset)
         kernels = torch.zeros_like(total)
-        for _, rows in reference.chunks(group):
-            d, e, _ = distances(rows, draws)
+        for _, positions in reference.chunks(group):
+            d, e, _ = draws.distances(reference.rows(positions))
             kernels += level_sums(d, e, inv)[0][0, 0]
         total += torch.exp(-along.abs() / (2 * sigma)) / kernels
     return total / 2
