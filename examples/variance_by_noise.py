@@ -24,7 +24,7 @@ def read(run: Path) -> tuple[LossStatistics, WeightCurve]:
     options = yaml.safe_load((run / "config.yaml").read_text())
     process = PROCESSES[options["process"]["process"]](SimpleNamespace(**options["process"]))
     weighting = snrweights.get_weighting(options["weight"]["method"], **parse_settings(options["weight"]["set"]))
-    curve = weighting.curve(
+    curve = weighting.over_log_snr(
         process.schedule,
         prediction_type=process.prediction_type,
         density=process.density_for(weighting),

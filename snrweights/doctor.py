@@ -126,7 +126,7 @@ def doctor(
         source=scheduler,
         schedule=schedule,
         weighting=weighting,
-        curve=weighting.curve(
+        curve=weighting.over_log_snr(
             schedule, prediction_type=prediction_type, density=density, normalize=normalize, clamp_max=clamp_max
         ),
         density_given=density is not None,

@@ -91,7 +91,7 @@ def objective(
         raise ValueError(f"`headroom_snr` must be > 0, got {headroom_snr!r}.")
     schedule = as_schedule(schedule)
     weighting = get_weighting(method, **hp)
-    curve = weighting.curve(schedule, prediction_type=prediction_type, density=density, clamp_max=clamp_max)
+    curve = weighting.over_log_snr(schedule, prediction_type=prediction_type, density=density, clamp_max=clamp_max)
     log_snr = schedule.log_snr(schedule.grid())
     log_snr = log_snr[log_snr.isfinite()].sort().values
     log_p = curve.density.log_prob(log_snr)

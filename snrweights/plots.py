@@ -93,7 +93,7 @@ def plot_weights(
     for i, (label, weighting) in enumerate(methods.items()):
         style: dict[str, Any] = {"color": _COLOURS[i % len(_COLOURS)], "ls": _STYLES[i % len(_STYLES)], "label": label}
         result = objective(schedule, weighting, **options)
-        curve = weighting.curve(schedule, **options)
+        curve = weighting.over_log_snr(schedule, **options)
         weight = curve.log_weight(result.log_snr, "epsilon").exp()
         left.plot(result.log_snr, weight / _mean_on(curve.density, result.log_snr, weight), **style)
         right.plot(result.log_snr, result.w_kg, **style)
@@ -256,13 +256,13 @@ def relative_weight(statistics: LossStatistics, curve: WeightCurve) -> Tensor:
 
     Args:
         statistics: of a tracker.
-        curve: the weight, ``get_weighting(...).curve(...)``.
+        curve: the weight, ``get_weighting(...).over_log_snr(...)``.
 
     Example:
         >>> from snrweights.tracking import LossVarianceTracker
         >>> tracker = LossVarianceTracker(bins=2, low=-2, high=2, unit="epsilon")
         >>> tracker.update(torch.ones(2), torch.tensor([-1.0, 1.0]))
-        >>> curve = get_weighting("p2").curve("linear", prediction_type="epsilon")
+        >>> curve = get_weighting("p2").over_log_snr("linear", prediction_type="epsilon")
         >>> relative_weight(tracker.compute(), curve)  # in the ratio 1 / (1 + e⁻¹) to 1 / (1 + e)
         tensor([1.4621, 0.5379], dtype=torch.float64)
     """
@@ -276,13 +276,13 @@ def plot_weighted_loss(statistics: LossStatistics, curve: WeightCurve) -> Figure
 
     Args:
         statistics: of a tracker.
-        curve: the weight, ``get_weighting(...).curve(...)``; scaled to mean 1 over the losses seen.
+        curve: the weight, ``get_weighting(...).over_log_snr(...)``; scaled to mean 1 over the losses seen.
 
     Example:
         >>> from snrweights.tracking import LossVarianceTracker
         >>> tracker = LossVarianceTracker(unit="epsilon")
         >>> tracker.update(torch.tensor([0.1, 0.2]), torch.tensor([0.0, 0.0]))
-        >>> curve = get_weighting("min_snr").curve("linear", prediction_type="epsilon")
+        >>> curve = get_weighting("min_snr").over_log_snr("linear", prediction_type="epsilon")
         >>> [ax.get_title() for ax in plot_weighted_loss(tracker.compute(), curve).axes]
         ['unweighted', 'weighted']
     """
@@ -318,7 +318,7 @@ def plot_variance(runs: Mapping[str, tuple[LossStatistics, WeightCurve]]) -> Fig
         >>> from snrweights.tracking import LossVarianceTracker
         >>> tracker = LossVarianceTracker(unit="epsilon")
         >>> tracker.update(torch.tensor([0.1, 0.2]).repeat(9), torch.tensor([0.0, 0.0]).repeat(9))
-        >>> curve = get_weighting("alsr").curve("edm", prediction_type="edm")
+        >>> curve = get_weighting("alsr").over_log_snr("edm", prediction_type="edm")
         >>> [ax.get_title() for ax in plot_variance({"alsr": (tracker.compute(), curve)}).axes]
         ['unweighted', 'weighted']
     """

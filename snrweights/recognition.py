@@ -170,7 +170,7 @@ def _fit(
     """Fit the factors, and the hyperparameter that helps most."""
 
     def compare(candidate: Weighting) -> tuple[float, float]:
-        curve = candidate.curve(schedule, prediction_type=prediction_type)
+        curve = candidate.over_log_snr(schedule, prediction_type=prediction_type)
         difference = log_weight - curve.log_weight(log_snr)
         residual = _without_factors(difference, groups)
         worst = _deviation(residual)

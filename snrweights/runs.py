@@ -255,7 +255,7 @@ def _curve(sections: dict[str, Any]) -> tuple[WeightCurve | None, str]:
         options, weight = sections["process"], sections["weight"]
         process = PROCESSES[options["process"]](SimpleNamespace(**options))
         weighting = get_weighting(weight["method"], **parse_settings(weight["set"]))
-        curve = weighting.curve(
+        curve = weighting.over_log_snr(
             process.schedule,
             prediction_type=process.prediction_type,
             density=process.density_for(weighting),

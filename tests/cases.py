@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from snrweights import CosineSchedule, DiscreteSchedule, EDMSchedule, FlowSchedule
+from snrweights import CosineSchedule, DiscreteSchedule, EDMSchedule, FlowSchedule, get_weighting
+from snrweights.optimal import OptimalLossCurve
 from snrweights.quantiles import quantiles
 
 
@@ -24,6 +26,23 @@ SCHEDULES = {
     "flow": FlowSchedule(num_train_timesteps=1000, s_min=1e-3, sigma_data=0.5),
     "edm": EDMSchedule(),
 }
+
+
+def gaussian_curve(variance, dim=4, low=0.01, high=100.0):
+    """The optimal loss of Gaussian data, the same variance in every direction: dim v s² / (v + s²)."""
+    sigmas = torch.logspace(math.log10(low), math.log10(high), 401, dtype=torch.float64)
+    value = dim * variance * sigmas**2 / (variance + sigmas**2)
+    made = {"dim": dim, "variance": dim * variance}
+    return OptimalLossCurve(sigmas, value, torch.zeros_like(value), ("pairs",) * len(value), value, made)
+
+
+# hyperparameters that a weighting cannot do without
+NEEDED = {"optimal_loss": {"curve": gaussian_curve(0.25)}}
+
+
+def example(name, **hp):
+    """Return a weighting by name, with what it cannot do without."""
+    return get_weighting(name, **{**NEEDED.get(name, {}), **hp})
 
 
 def golden(name):

@@ -123,7 +123,9 @@ def test_the_figures_of_the_guide():
     mu = (2 * math.log(SD) - 2 * t.log()).mean(1)
     assert mu.mean().item() == pytest.approx(1.0137, abs=0.015)
     assert mu.std().item() == pytest.approx(0.2121, abs=0.01)
-    assert get_weighting("alsr").curve(EDM, prediction_type="edm").weighting.mu == pytest.approx(2.4 - 2 * math.log(2))
+    assert get_weighting("alsr").over_log_snr(EDM, prediction_type="edm").weighting.mu == pytest.approx(
+        2.4 - 2 * math.log(2)
+    )
 
 
 @pytest.mark.parametrize("alpha", [0.01, 0.05, 0.1])
@@ -151,7 +153,7 @@ def test_normalize_divides_by_the_scale_of_the_fixed_curve(form, center):
 def test_the_gaussian_form_is_edm_under_a_narrower_density_pointwise():
     p_std, scale = narrowed()
     log_snr = torch.linspace(-12, 16, 401, dtype=torch.float64)
-    curve = get_weighting("alsr", form="gaussian").curve(EDM, prediction_type="edm")
+    curve = get_weighting("alsr", form="gaussian").over_log_snr(EDM, prediction_type="edm")
     weighted = (curve.log_weight(log_snr) + log_normal_sigma().log_prob(log_snr)).exp()
     plain = scale * log_normal_sigma(-1.2, p_std).log_prob(log_snr).exp()
     torch.testing.assert_close(weighted, plain, rtol=1e-12, atol=0)
@@ -177,10 +179,10 @@ def expected_gradient(p_std, curve):
 
 def test_the_gaussian_form_has_the_expected_gradient_of_edm_under_a_narrower_density():
     p_std, scale = narrowed()
-    weighted = expected_gradient(P_STD, get_weighting("alsr", form="gaussian").curve(EDM, prediction_type="edm"))
-    plain = expected_gradient(p_std, get_weighting("edm").curve(EDM, prediction_type="edm"))
+    weighted = expected_gradient(P_STD, get_weighting("alsr", form="gaussian").over_log_snr(EDM, prediction_type="edm"))
+    plain = expected_gradient(p_std, get_weighting("edm").over_log_snr(EDM, prediction_type="edm"))
     torch.testing.assert_close(weighted, scale * plain, rtol=1e-8, atol=0)
-    wide = expected_gradient(P_STD, get_weighting("edm").curve(EDM, prediction_type="edm"))
+    wide = expected_gradient(P_STD, get_weighting("edm").over_log_snr(EDM, prediction_type="edm"))
     assert ((weighted / wide - weighted[0] / wide[0]).abs() > 1e-2).any()  # it is not the plain one, scaled
 
 
@@ -190,10 +192,10 @@ def test_the_gaussian_form_has_the_expected_gradient_of_edm_under_a_narrower_den
 @pytest.mark.parametrize(("form", "center"), MEASURED)
 def test_the_curve_is_that_of_a_batch_about_the_mean(form, center):
     log_snr = torch.linspace(-9, 9, 19, dtype=torch.float64)
-    curve = get_weighting("alsr", form=form, center=center).curve(EDM, prediction_type="edm")
+    curve = get_weighting("alsr", form=form, center=center).over_log_snr(EDM, prediction_type="edm")
     fixed = torch.ones(19, dtype=torch.float64)
     if form != "loss_zscore":
-        fixed = get_weighting("alsr", form=form).curve(EDM, prediction_type="edm")(log_snr)
+        fixed = get_weighting("alsr", form=form).over_log_snr(EDM, prediction_type="edm")(log_snr)
     torch.testing.assert_close(curve(log_snr), fixed, rtol=1e-12, atol=0)
 
 

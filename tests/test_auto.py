@@ -20,7 +20,7 @@ VARIANCES = [0.06, 0.25, 1.0, 7.3]
 @pytest.mark.parametrize("v", VARIANCES)
 @pytest.mark.parametrize("density", [None, Logistic(0.7), Normal(0.0, 6.0), Laplace(0.0, 5.0)], ids=str)
 def test_density_times_weight_on_edms_network_is_the_logistic_density(v, density):
-    curve = get_weighting("auto").curve(EDMSchedule(sigma_data=v**0.5), prediction_type="edm", density=density)
+    curve = get_weighting("auto").over_log_snr(EDMSchedule(sigma_data=v**0.5), prediction_type="edm", density=density)
     product = curve.density.log_prob(LOG_SNR) + curve.log_weight(LOG_SNR)
     logistic = stats.logistic(-math.log(v), 1).logpdf(LOG_SNR.numpy())
     np.testing.assert_allclose(np.exp(product.numpy() - logistic), 1, rtol=1e-12)
@@ -33,7 +33,7 @@ def test_the_density_that_it_asks_for_makes_that_weight_one(v):
     density = auto.own_density("edm")
     assert density.loc == pytest.approx(-math.log(v), rel=1e-14)
     assert density.scale == 1
-    weight = auto.curve(schedule, prediction_type="edm", density=density)(LOG_SNR)
+    weight = auto.over_log_snr(schedule, prediction_type="edm", density=density)(LOG_SNR)
     np.testing.assert_allclose(weight, 1, rtol=1e-12)
     for other in ("epsilon", "v_prediction", "sample", "flow_prediction"):
         assert auto.own_density(other) is None
@@ -45,7 +45,7 @@ def test_it_is_the_sigmoid_of_the_measured_bias(name, v):
     schedule = SCHEDULES[name]
     for target in ("epsilon", "v_prediction", "sample", "edm"):
         auto, sigmoid = (
-            get_weighting(method, **hp).curve(schedule, prediction_type=target)
+            get_weighting(method, **hp).over_log_snr(schedule, prediction_type=target)
             for method, hp in (("auto", {"data_variance": v}), ("sigmoid", {"bias": -math.log(v)}))
         )
         torch.testing.assert_close(auto(LOG_SNR), sigmoid(LOG_SNR), rtol=1e-12, atol=0)
@@ -83,7 +83,7 @@ DENSITIES = [Cosine(), Cosine(-2.8), FlowUniform(3.0), Logistic(-math.log(0.25))
 @pytest.mark.parametrize("target", ["epsilon", "v_prediction", "edm"])
 def test_the_expected_gradient_does_not_depend_on_the_density(density, target):
     schedule = EDMSchedule(sigma_data=0.5)
-    curve = get_weighting("auto").curve(schedule, prediction_type=target, density=density)
+    curve = get_weighting("auto").over_log_snr(schedule, prediction_type=target, density=density)
 
     def on_epsilon(log_snr, i):
         return (curve.log_weight(log_snr, "epsilon").exp() * field(log_snr))[i]
@@ -97,7 +97,7 @@ def test_the_expected_gradient_does_not_depend_on_the_density(density, target):
 def test_draws_with_its_weights_have_that_expected_gradient(density, schedule):
     sampler = TimestepSampler(schedule, density, draws="independent", seed=3)
     t, weight = sampler.draw(100_000)
-    curve = get_weighting("auto").curve(schedule, prediction_type="v_prediction", density=density)
+    curve = get_weighting("auto").over_log_snr(schedule, prediction_type="v_prediction", density=density)
     log_snr = schedule.log_snr(t)
     # the gradient of the error of v is that of epsilon times 1 + 1 / SNR
     terms = curve(log_snr) * weight * field(log_snr) * (1 + torch.exp(-log_snr))
@@ -114,7 +114,7 @@ def test_it_needs_a_number_where_the_schedule_has_no_sigma_data():
     message = "`Auto(data_variance=...)` must be given on a schedule without sigma_data, got None: measure it with "
     for call in (
         lambda: auto.bind("linear", prediction_type="epsilon"),
-        lambda: auto.curve(EDMSchedule(sigma_data=None), prediction_type="v_prediction"),
+        lambda: auto.over_log_snr(EDMSchedule(sigma_data=None), prediction_type="v_prediction"),
         lambda: auto.log_weight(LOG_SNR),
     ):
         with pytest.raises(ValueError, match="data_variance") as raised:

@@ -34,7 +34,7 @@ T = torch.tensor([0, 10, 500, 999])
 def test_clamp_max_bounds_the_weight_and_makes_an_infinite_one_legal():
     zero_snr = SCHEDULES["zero_snr"]
     bound = get_weighting("debiased").bind(zero_snr, prediction_type="epsilon", clamp_max=3.0)
-    plain = get_weighting("debiased").curve(zero_snr, prediction_type="epsilon")(zero_snr.log_snr_table)
+    plain = get_weighting("debiased").over_log_snr(zero_snr, prediction_type="epsilon")(zero_snr.log_snr_table)
     assert plain[-1] == math.inf
     torch.testing.assert_close(bound(zero_snr.grid()), plain.clamp(max=3.0).float(), rtol=0, atol=0)
 
@@ -63,8 +63,8 @@ def test_normalize_makes_the_mean_one_under_the_density(name, schedule):
 
 def test_normalize_uses_the_density_given():
     options = {"prediction_type": "epsilon", "normalize": "mean"}
-    uniform = get_weighting("min_snr").curve("edm", **options)
-    elsewhere = get_weighting("min_snr").curve("edm", density="log_uniform", **options)
+    uniform = get_weighting("min_snr").over_log_snr("edm", **options)
+    elsewhere = get_weighting("min_snr").over_log_snr("edm", density="log_uniform", **options)
     zero = torch.zeros(1, dtype=torch.float64)
     assert uniform(zero) != elsewhere(zero)
 
@@ -81,7 +81,7 @@ def test_a_weight_without_a_mean_is_refused():
     with pytest.raises(
         ValueError, match=r"`normalize='mean'`: 'debiased' for 'epsilon' averages inf under .*`clamp_max=`"
     ):
-        get_weighting("debiased").curve(SCHEDULES["zero_snr"], prediction_type="epsilon", normalize="mean")
+        get_weighting("debiased").over_log_snr(SCHEDULES["zero_snr"], prediction_type="epsilon", normalize="mean")
     with pytest.raises(ValueError, match="'sd3_sigma_sqrt' for 'sample' averages inf"):
         # finite on every timestep, but with 1 / s² uniform in s down to 0 there is no mean
         get_weighting("sd3_sigma_sqrt").bind(

@@ -115,7 +115,7 @@ def test_a_non_monotone_objective_has_its_negative_mass():
 
 def test_a_mean_weight_far_from_one_is_found():
     found = find("loss-scale", "linear", "min_snr", prediction_type="v_prediction")
-    curve = snrweights.get_weighting("min_snr").curve("linear", prediction_type="v_prediction")
+    curve = snrweights.get_weighting("min_snr").over_log_snr("linear", prediction_type="v_prediction")
     assert found.figures["mean_weight"] == pytest.approx(curve.mean())
     assert "SGD" in found.message
     assert find("loss-scale", "linear", "min_snr", prediction_type="v_prediction", normalize="mean") is None

@@ -22,6 +22,7 @@ FLOORS = [
     {"optimal"},
     {
         *("weightings.adaptive", "weightings.classic", "weightings.clipped", "weightings.objectives"),
+        "weightings.optimal",
         "weightings.parity",
     },
     {"weightings"},

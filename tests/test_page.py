@@ -126,7 +126,7 @@ def test_the_numbers_are_those_of_the_files(run):
     assert {v for v in results.values() if isinstance(v, (int, float))} <= set(shown.numbers())
     tracker = LossVarianceTracker.load(run / "tracker.safetensors")
     seen = tracker.since(tracker.updates // 2)
-    curve = get_weighting("min_snr", gamma=5.0).curve("linear", prediction_type="epsilon")
+    curve = get_weighting("min_snr", gamma=5.0).over_log_snr("linear", prediction_type="epsilon")
     weight = relative_weight(seen, curve)
     deviation = seen.variance.sqrt()
     for column in (seen.edges[:-1], seen.edges[1:], seen.count, seen.mean, deviation, weight):

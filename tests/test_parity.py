@@ -46,7 +46,7 @@ VARIANTS = [
 
 def by_snr(weighting, snr, prediction_type="epsilon", sigma_data=0.5):
     """The weight of a weighting at SNR values, zero and infinity included."""
-    curve = weighting.curve(CosineSchedule(sigma_data=sigma_data), prediction_type=prediction_type)
+    curve = weighting.over_log_snr(CosineSchedule(sigma_data=sigma_data), prediction_type=prediction_type)
     return curve(snr.log())
 
 

@@ -22,9 +22,9 @@ def test_weights_are_drawn_at_mean_one_and_objectives_at_maximum_one():
         x, y = lines(right)[label]
         torch.testing.assert_close(torch.stack((x, y)), torch.stack((result.log_snr, result.w_kg)))
         x, drawn = lines(left)[label]
-        weight = weighting.curve("cosine", **EPSILON)(x)
+        weight = weighting.over_log_snr("cosine", **EPSILON)(x)
         torch.testing.assert_close(drawn / drawn[0], weight / weight[0])
-        p = weighting.curve("cosine", **EPSILON).density.log_prob(x).exp()
+        p = weighting.over_log_snr("cosine", **EPSILON).density.log_prob(x).exp()
         assert torch.trapezoid(p * drawn, x).item() == pytest.approx(1, abs=0.005)  # log-SNR is cut at the ends
 
 
@@ -65,7 +65,7 @@ def test_the_variance_is_that_of_the_loss_and_of_the_weighted_loss():
     for centre, size in ((-1.0, 2.0), (3.0, 0.5)):
         tracker.update(size * torch.tensor([1.0, 3.0]).repeat(20), torch.full((40,), centre))
     tracker.update(torch.ones(3), torch.full((3,), 1.0))  # too few to have a variance
-    curve = get_weighting("alsr").curve("edm", prediction_type="edm")
+    curve = get_weighting("alsr").over_log_snr("edm", prediction_type="edm")
     left, right = plot_variance({"alsr": (tracker.compute(), curve)}).axes
     at = torch.tensor([-1.0, 3.0], dtype=torch.float64)
     variance = torch.tensor([4.0, 0.25]) * (at.exp() / (at.exp() + 4)) ** -2  # of F: R_F / R_eps = (SNR + 4) / SNR

@@ -22,7 +22,7 @@ LOG_SNR = torch.linspace(-9, 9, 37, dtype=torch.float64)
 
 
 def w_epsilon(name, log_snr, schedule=LINEAR, **hp):
-    curve = get_weighting(name, **hp).curve(schedule, prediction_type="epsilon")
+    curve = get_weighting(name, **hp).over_log_snr(schedule, prediction_type="epsilon")
     return curve(torch.as_tensor(log_snr, dtype=torch.float64))
 
 
@@ -177,6 +177,6 @@ def test_the_mean_weights_over_uniform_timesteps(schedule, smoothed, clipped):
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_at_mean_one_the_exact_match_is_the_same_weight_for_every_target(prediction_type):
     schedule, options = EDMSchedule(), {"prediction_type": prediction_type, "normalize": "mean", "density": "laplace"}
-    smoothed = get_weighting("smoothed_kl", tau=0.25).curve(schedule, **options)
-    soft = get_weighting("soft_min_snr", gamma=5.0).curve(schedule, **options)
+    smoothed = get_weighting("smoothed_kl", tau=0.25).over_log_snr(schedule, **options)
+    soft = get_weighting("soft_min_snr", gamma=5.0).over_log_snr(schedule, **options)
     torch.testing.assert_close(smoothed(LOG_SNR), soft(LOG_SNR), rtol=1e-12, atol=0)

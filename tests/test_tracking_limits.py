@@ -105,7 +105,7 @@ def test_without_losses_figures_are_empty(tmp_path):
     tracker = LossVarianceTracker(bins=3, unit="epsilon", snapshot_every=1)
     for _ in range(2):
         tracker.update(torch.empty(0), torch.empty(0))
-    curve = get_weighting("min_snr").curve("linear", prediction_type="epsilon")
+    curve = get_weighting("min_snr").over_log_snr("linear", prediction_type="epsilon")
     figures = [
         plots.plot_loss_by_noise(tracker.compute()),
         plots.plot_weighted_loss(tracker.compute(), curve),

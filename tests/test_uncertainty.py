@@ -160,7 +160,7 @@ def test_the_figure_has_what_was_learnt_beside_what_was_tracked(uncertainty):
     tracker = LossVarianceTracker(bins=4, low=-4, high=4, unit="epsilon")
     tracker.update(torch.tensor([1.0, 3.0]).repeat(20), torch.full((40,), -1.0))
     tracker.update(torch.tensor([0.5]).repeat(20), torch.full((20,), 3.0))
-    curve = get_weighting("edm").curve("edm", prediction_type="edm")
+    curve = get_weighting("edm").over_log_snr("edm", prediction_type="edm")
     points, line = plot_uncertainty(uncertainty, tracker.compute(), curve).axes[0].lines
     snr = torch.tensor([-1.0, 3.0]).exp()
     expected_means = torch.tensor([2.0, 0.5]) * (snr + 4) / snr

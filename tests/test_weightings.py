@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from cases import SCHEDULES
+from cases import NEEDED, SCHEDULES, example, gaussian_curve
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
@@ -26,14 +26,14 @@ INF = math.inf
 def curve(name, prediction_type, log_snr, schedule=None, density=None, **hp):
     """Weights of a method in float64, at the cosine density unless said otherwise."""
     schedule = schedule or CosineSchedule(sigma_data=0.5)
-    bound = get_weighting(name, **hp).curve(schedule, prediction_type=prediction_type, density=density)
+    bound = example(name, **hp).over_log_snr(schedule, prediction_type=prediction_type, density=density)
     return bound(torch.as_tensor(log_snr, dtype=torch.float64))
 
 
 def test_the_family_is_complete():
     family = """
         ddpm native snr_plus_one truncated_snr p2 debiased edm sd3_sigma_sqrt sd3_cosmap min_snr soft_min_snr
-        smoothed_kl elbo sigmoid auto iddpm flow indi laplace edm_monotonic alsr
+        smoothed_kl elbo sigmoid auto iddpm flow indi laplace edm_monotonic alsr optimal_loss
     """
     assert re.findall(r"\w+", family) == NAMES
 
@@ -42,6 +42,7 @@ def test_the_family_is_complete():
 
 # weight on epsilon and on x0 at SNR 0, then at infinite SNR; at SNR 0 v and flow errors are those of x0, and at
 # infinite SNR every other target's error is that of epsilon
+OPTIMAL_SCALE = 1 / (100 * math.sqrt(2 * math.pi * 1.44))
 LIMITS = {
     "ddpm": (1, 0, 1, INF),
     "snr_plus_one": (INF, 1, 1, INF),
@@ -55,6 +56,7 @@ LIMITS = {
     "soft_min_snr": (1, 0, 0, 4),
     "smoothed_kl": (1 / 1.2, 0, 0, 5),
     "alsr": (INF, 0, 0, INF),
+    "optimal_loss": (INF, 4 * OPTIMAL_SCALE, 0, 100 * OPTIMAL_SCALE),  # 1 / variance, and w_max
 }
 
 
@@ -89,12 +91,12 @@ def is_unbounded(name, target, schedule):
 @pytest.mark.parametrize("target", PREDICTION_TYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_finite_and_non_negative_or_refused_at_bind(name, target, schedule_name):
-    schedule, weighting, clamp_max = SCHEDULES[schedule_name], get_weighting(name), None
+    schedule, weighting, clamp_max = SCHEDULES[schedule_name], example(name), None
     t = schedule.grid()
     if is_unbounded(name, target, schedule_name):
         with pytest.raises(ValueError, match="`clamp_max=`") as refusal:
             weighting.bind(schedule, prediction_type=target)
-        weights = weighting.curve(schedule, prediction_type=target)(schedule.log_snr(t))
+        weights = weighting.over_log_snr(schedule, prediction_type=target)(schedule.log_snr(t))
         timesteps = ", ".join(f"{step:g}" for step in t[weights == INF].tolist())
         message = f"Weighting {name!r} for prediction_type {target!r} is not finite at t = {timesteps}: "
         assert str(refusal.value).startswith(message)
@@ -110,7 +112,7 @@ def test_finite_and_non_negative_or_refused_at_bind(name, target, schedule_name)
 @pytest.mark.parametrize("name", NAMES)
 def test_shape_and_dtype_are_kept(name, dtype, schedule):
     schedule = SCHEDULES[schedule]
-    bound = get_weighting(name).bind(schedule, prediction_type="v_prediction", clamp_max=100.0, dtype=dtype)
+    bound = example(name).bind(schedule, prediction_type="v_prediction", clamp_max=100.0, dtype=dtype)
     grid = schedule.grid()
     for t in (grid[500], grid[[500]], grid[100:900:100]):
         weights = bound(t)
@@ -136,6 +138,8 @@ def hyperparameters(name):
     def values(field):
         if field.metadata["choices"]:
             return st.sampled_from([choice for choice in field.metadata["choices"] if choice not in NOT_ALONE])
+        if not field.metadata["number"]:
+            return st.just(NEEDED[name][field.name])
         if field.name in NARROW:
             return NARROW[field.name]
         return st.floats(0.2, 20) if field.metadata["above"] == 0 else st.floats(-3, 3)
@@ -279,8 +283,8 @@ def test_every_hyperparameter_changes_the_output(name, field):
             same = curve(name, "epsilon", LOG_SNR, **{field.name: value})
             assert torch.equal(same, curve(name, "epsilon", LOG_SNR))
         return
-    default = get_weighting(name)
-    choices = {"coords": ["ve", "flow"], "form": ["gaussian"]}
+    default = example(name)
+    choices = {"coords": ["ve", "flow"], "form": ["gaussian"], "curve": [gaussian_curve(0.5)]}
     field = field.name
     for other in choices.get(field) or [(getattr(default, field) or 0.5) + 0.5]:
         changed = curve(name, "epsilon", LOG_SNR, **{field: other})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from snrweights.files import save_tensors
 from snrweights.predictions import log_error_ratio
+from snrweights.schedules import exact_dtype
 
 HOW = ("pairs", "importance", "bound")
 _TENSORS = ("confused", "sigmas", "stderr", "value")
@@ -22,7 +24,7 @@ _POINTS_PER_BIN = 64
 _SMALLEST = 1e-300
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class OptimalLossCurve:
     """J at noise levels, in x0 units, summed over dimensions.
 
@@ -50,14 +52,46 @@ class OptimalLossCurve:
     how: tuple[str, ...]
     confused: Tensor
     made: dict[str, Any] = field(default_factory=dict)
+    _cubics: dict[torch.device, MonotoneCubic] = field(default_factory=dict, init=False)
+
+    def __repr__(self) -> str:
+        of = ", ".join(f"{name} {self.made[name]}" for name in ("points", "dim") if name in self.made)
+        low, high = float(self.sigmas[0]), float(self.sigmas[-1])
+        return f"{type(self).__name__}({len(self.sigmas)} levels, sigma {low:g} to {high:g}{of and ', ' + of})"
+
+    def log_value(self, log_snr: Tensor) -> Tensor:
+        """Return ln J at finite ``log_snr``, any shape, on its device: x0 units, summed over dimensions.
+
+        Between levels interpolated in ln sigma by monotone cubics, through the values made non-decreasing, as J is.
+        Below the smallest level continued by its last slope, which is no less than ln J; above the largest by
+        A - J ∝ 1 / sigma², which it becomes, A the variance of the data.
+
+        Example:
+            >>> levels = torch.tensor([1.0, 2.0], dtype=torch.float64)
+            >>> curve = OptimalLossCurve(levels, levels**2, 0 * levels, ("pairs",) * 2, levels, {"variance": 5.0})
+            >>> curve.log_value(torch.tensor([5000.0, 0.0, -5000.0])).exp()
+            tensor([0., 1., 5.], dtype=torch.float64)
+        """
+        cubic = self._cubic(log_snr.device)
+        log_sigma = log_snr.to(cubic.x) / -2
+        beyond = (log_sigma - cubic.x[-1]).clamp_min(0)
+        missing = 1 - (cubic.y[-1].exp() / self.made["variance"]).clamp_max(1)
+        above = math.log(self.made["variance"]) + torch.log1p(-missing * torch.exp(-2 * beyond))
+        return torch.where(beyond > 0, above, cubic(log_sigma))
+
+    def _cubic(self, device: torch.device) -> MonotoneCubic:
+        if device not in self._cubics:  # copied once: a copy from the host waits for the device
+            log_value = self.value.clamp_min(_SMALLEST).cummax(0).values.log()
+            x, y = (table.to(device, exact_dtype(device)) for table in (self.sigmas.log(), log_value))
+            self._cubics[device] = MonotoneCubic(x, y)
+        return self._cubics[device]
 
     def at(
         self, sigmas: Tensor, prediction_type: str = "sample", reduction: str = "sum", sigma_data: float | None = None
     ) -> Tensor:
         """Return J at ``sigmas`` (any shape), float64, as the loss of a target: J ||e_y||² / ||e_x0||².
 
-        Between levels ln J is interpolated in ln sigma by the monotone cubics, through the
-        values made non-decreasing, as J is.
+        Between levels as in ``log_value``.
 
         Args:
             sigmas: inside the range of levels.
@@ -82,9 +116,7 @@ class OptimalLossCurve:
         slack = 1e-12
         if not bool(((wanted >= low * (1 - slack)) & (wanted <= high * (1 + slack))).all()):
             raise ValueError(f"`sigmas` must lie in [{low:g}, {high:g}], where the curve is, got {sigmas}.")
-        log_value = _monotone_cubic(
-            self.sigmas.log(), self._rising().log(), wanted.log().clamp_min(self.sigmas[0].log())
-        )
+        log_value = self._cubic(wanted.device)(wanted.clamp(low, high).log())
         log_ratio = log_error_ratio(prediction_type, -2 * wanted.log(), sigma_data)
         value = (log_value + log_ratio).exp()
         return value / self.made["dim"] if reduction == "mean" else value
@@ -165,18 +197,32 @@ class OptimalLossCurve:
         if unknown := set(self.how) - set(HOW):
             raise ValueError(f"`how` has {sorted(unknown)}; known are {list(HOW)}")
 
-    def _rising(self) -> Tensor:
-        return self.value.clamp_min(_SMALLEST).cummax(0).values
 
-
-def _monotone_cubic(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
-    """Interpolate y (L,), never falling, over increasing x (L,) by cubics that never fall.
+class MonotoneCubic:
+    """Cubics through y (L,), never falling, over increasing x (L,), that never fall; below x by the first tangent.
 
     Tangents are those of the parabola through three neighbours, held in [0, 3 times the smaller slope beside them],
     which suffices (Fritsch & Carlson 1980; Hyman 1983).
     """
-    if len(x) == 1:
-        return y.expand(at.shape)
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y = x, y
+        self.tangent = torch.zeros_like(y) if len(x) == 1 else _tangents(x, y)
+
+    def __call__(self, at: Tensor) -> Tensor:
+        """Return the cubics at ``at``, any shape, up to the last x."""
+        if len(self.x) == 1:
+            return self.y.expand(at.shape)
+        x, y, tangent = self.x, self.y, self.tangent
+        i = (torch.bucketize(at.contiguous(), x, right=True) - 1).clamp(0, len(x) - 2)
+        h = x[i + 1] - x[i]
+        t = ((at - x[i]) / h).clamp(0, 1)
+        ends = (1 + 2 * t) * (1 - t) ** 2 * y[i] + t**2 * (3 - 2 * t) * y[i + 1]
+        inside = ends + h * (t * (1 - t) ** 2 * tangent[i] - t**2 * (1 - t) * tangent[i + 1])
+        return inside + (at - x[0]).clamp_max(0) * tangent[0]
+
+
+def _tangents(x: Tensor, y: Tensor) -> Tensor:
     step = x.diff()
     slope = y.diff() / step
     tangent = torch.cat([slope[:1], slope[-1:]])
@@ -185,8 +231,4 @@ def _monotone_cubic(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
         inner = slope[:-1] + step[:-1] * bend
         tangent = torch.cat([slope[:1] - step[:1] * bend[:1], inner, slope[-1:] + step[-1:] * bend[-1:]])
     smaller = torch.minimum(torch.cat([slope[:1], slope]), torch.cat([slope, slope[-1:]]))
-    tangent = torch.minimum(tangent.clamp_min(0), 3 * smaller)
-    i = (torch.bucketize(at.contiguous(), x, right=True) - 1).clamp(0, len(x) - 2)
-    t, h = (at - x[i]) / step[i], step[i]
-    ends = (1 + 2 * t) * (1 - t) ** 2 * y[i] + t**2 * (3 - 2 * t) * y[i + 1]
-    return ends + h * (t * (1 - t) ** 2 * tangent[i] - t**2 * (1 - t) * tangent[i + 1])
+    return torch.minimum(tangent.clamp_min(0), 3 * smaller)

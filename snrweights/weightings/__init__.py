@@ -4,4 +4,4 @@
 from snrweights.weightings import classic, clipped, objectives  # noqa: F401
 
 # isort: split
-from snrweights.weightings import adaptive  # noqa: F401
+from snrweights.weightings import adaptive, optimal  # noqa: F401

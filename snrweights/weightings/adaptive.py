@@ -60,7 +60,7 @@ class ALSR(Weighting):
 
     Example:
         >>> from snrweights import get_weighting
-        >>> get_weighting("alsr").curve("edm", prediction_type="edm")(torch.tensor([2.4, 2.4 + 20**0.5]))
+        >>> get_weighting("alsr").over_log_snr("edm", prediction_type="edm")(torch.tensor([2.4, 2.4 + 20**0.5]))
         tensor([1.0000, 0.5000])
     """
 

@@ -41,17 +41,19 @@ def hyper(
     below: float | None = None,
     choices: tuple[str, ...] | None = None,
     in_curve: bool = True,
+    number: bool = True,
 ) -> Any:
     """Declare a hyperparameter of a weighting: a finite number (``> above``, ``< below``), or one of ``choices``.
 
-    ``in_curve=False`` says that the weight as a function of log-SNR alone does not depend on it.
+    ``in_curve=False`` says that the weight as a function of log-SNR alone does not depend on it; ``number=False``, that
+    it is something else, which the class checks.
 
     Example:
         >>> get_weighting("min_snr", gamma=0)
         Traceback (most recent call last):
         ValueError: `MinSNR(gamma=...)` must be > 0, got 0.
     """
-    metadata = {"above": above, "below": below, "choices": choices, "in_curve": in_curve}
+    metadata = {"above": above, "below": below, "choices": choices, "in_curve": in_curve, "number": number}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -123,7 +125,7 @@ class Weighting(ABC):
         """Return names and defaults of the hyperparameters."""
         return {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
 
-    def curve(
+    def over_log_snr(
         self,
         schedule: Any,
         *,
@@ -181,7 +183,7 @@ class Weighting(ABC):
             raise ValueError(f"`dtype` must be one of {list(DTYPES)}, got {dtype!r}.")
         _check_normalize(normalize)
         schedule = as_schedule(schedule)
-        curve = self.curve(schedule, prediction_type=prediction_type, density=density, clamp_max=clamp_max)
+        curve = self.over_log_snr(schedule, prediction_type=prediction_type, density=density, clamp_max=clamp_max)
         grid = schedule.grid()
         log_snr = schedule.log_snr(grid)
         weights = curve(log_snr)
@@ -243,7 +245,7 @@ def register_weighting(
         ...     power: float = hyper(3.0, above=0)
         ...     def log_weight(self, log_snr):
         ...         return -self.power * log_snr
-        >>> get_weighting("doctest_cube", power=1.0).curve("flow", prediction_type="epsilon")(torch.ones(1).log())
+        >>> get_weighting("doctest_cube", power=1.0).over_log_snr("flow", prediction_type="epsilon")(torch.ones(1).log())
         tensor([1.])
         >>> del _REGISTRY["doctest_cube"]
     """
@@ -320,7 +322,7 @@ def _check_hyperparameter(owner: Weighting, field: dataclasses.Field[Any]) -> No
         if value not in choices:
             raise ValueError(f"{what} must be one of {list(choices)}, got {value!r}.")
         return
-    if value is None and field.default is None:
+    if not field.metadata.get("number", True) or (value is None and field.default is None):
         return
     if not _is_number(value) or not abs(value) < math.inf:
         raise ValueError(f"{what} must be a finite number, got {value!r}.")

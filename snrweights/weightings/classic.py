@@ -39,7 +39,7 @@ class Native(Weighting):
     Source: common practice.
 
     Example:
-        >>> Native().curve("flow")(torch.ones(1))
+        >>> Native().over_log_snr("flow")(torch.ones(1))
         tensor([1.])
     """
 

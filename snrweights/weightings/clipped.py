@@ -185,7 +185,7 @@ def match(method: str, *, to: str, schedule: Any, density: Any = None, **hp: Any
     weighting = get_weighting(method, **hp).for_draws(schedule, as_density(density, schedule))
     counterpart = build({to: type(get_weighting(to))}, to, walk(weighting))
     options = {"prediction_type": "epsilon", "density": density, "normalize": "mean"}
-    first, second = weighting.curve(schedule, **options), counterpart.curve(schedule, **options)
+    first, second = weighting.over_log_snr(schedule, **options), counterpart.over_log_snr(schedule, **options)
     log_snr = schedule.log_snr(schedule.grid())
     return Match(
         weighting,
