@@ -20,7 +20,7 @@ from snrweights.statistics import LossStatistics
 from snrweights.tracking import LossVarianceTracker, Reduce
 
 Evidence = LossVarianceTracker | LossHistory
-MODES = ("resample", "reweight")
+MODES = {"resample": -1, "reweight": 1, "uncorrected": 0}  # power of q / p in the factor on a loss
 _PREFIX = "evidence."  # of the evidence's part of a state
 BINS, MEMORY = 32, 100  # of a sampler's own tracker: bins, and losses that an average bin counts when old ones fade
 
@@ -107,7 +107,8 @@ class ImportanceSampler(TimestepSampler):
         rule: a name, or a ``Rule``.
         density: see ``TimestepSampler``.
         mode: ``"resample"`` draws from q with weights p / q; ``"reweight"`` draws from p with weights q / p, which
-            changes the objective (ALSR's Eq. 12 as it stands).
+            changes the objective (ALSR's Eq. 12 as it stands); ``"uncorrected"`` draws from q without weights, which
+            has the same gradient in expectation as ``reweight``.
         bins: number of bins of about equal mass under p, at most the timesteps of a discrete schedule; default 32, or
             those timesteps where the rule keeps a history.
         floor: share of p in q, in (0, 1]; no weight p / q exceeds 1 / floor. Default: the rule's.
@@ -136,7 +137,7 @@ class ImportanceSampler(TimestepSampler):
         rule: str | Rule = "gradient",
         *,
         density: Density | str | None = None,
-        mode: Literal["resample", "reweight"] = "resample",
+        mode: Literal["resample", "reweight", "uncorrected"] = "resample",
         bins: int | None = None,
         floor: float | None = None,
         warm_up: int = 10,
@@ -272,9 +273,9 @@ class ImportanceSampler(TimestepSampler):
         return super().draw(batch_size, index=index, device=device)
 
     def at(self, u: Tensor) -> Draw:
-        """Return what uniform numbers ``u`` (B,) draw from q, or from p with the weights of ``reweight``."""
+        """Return what uniform numbers ``u`` (B,) draw from q, or from p under ``reweight``."""
         self._move(u.device)
-        return super().at(self._through_q(u) if self._resamples else u)
+        return super().at(self._through_q(u) if self._redraws else u)
 
     def _through_q(self, u: Tensor) -> Tensor:
         """Turn quantiles of q into quantiles of p."""
@@ -289,11 +290,11 @@ class ImportanceSampler(TimestepSampler):
         """Return the factors (B,), float32, on the losses of timesteps ``t`` (B,)."""
         self._move(t.device)
         tilt = self._tilt[torch.bucketize(self.schedule.log_snr(t), self._inner)]
-        return (1 / tilt if self._resamples else tilt).float()
+        return (tilt ** MODES[self.mode]).float()
 
     @property
-    def _resamples(self) -> bool:
-        return self.mode == "resample"
+    def _redraws(self) -> bool:
+        return self.mode != "reweight"
 
     def probabilities(self) -> tuple[Tensor, Tensor]:
         """Return the probability of each bin under p and under q, (bins,) each, on the CPU."""
@@ -303,8 +304,7 @@ class ImportanceSampler(TimestepSampler):
         """Return what the statistics up to now say of the draws; reads them off the device."""
         square = self._root(self.evidence.compute()).square()
         mass, tilt = self._mass.to(square), self._tilt.to(square)
-        drawn, weight = (mass * tilt, 1 / tilt) if self._resamples else (mass, tilt)
-        spread = drawn * weight**2
+        spread = mass * (tilt if self._redraws else 1) * tilt ** (2 * MODES[self.mode])
         return Prediction(
             of=self.rule.of,
             ratio=float((spread * square).sum() / (mass * square).sum()),

@@ -28,6 +28,7 @@ FLOORS = [
     {"weightings"},
     {"losses", "samplers"},
     {"importance", "objective", "recognition"},
+    {"optimal.rule"},
     {"findings"},
     {"doctor"},
     {"report", "plots", "runs", "charts"},

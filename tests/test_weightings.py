@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
-from snrweights import CosineSchedule, FlowSchedule, get_weighting, list_weightings
+from snrweights import CosineSchedule, FlowSchedule, list_weightings
 from snrweights.densities import Cosine, log_normal_sigma
 from snrweights.predictions import PREDICTION_TYPES
 from snrweights.weightings.base import _REGISTRY

@@ -245,7 +245,8 @@ def register_weighting(
         ...     power: float = hyper(3.0, above=0)
         ...     def log_weight(self, log_snr):
         ...         return -self.power * log_snr
-        >>> get_weighting("doctest_cube", power=1.0).over_log_snr("flow", prediction_type="epsilon")(torch.ones(1).log())
+        >>> cube = get_weighting("doctest_cube", power=1.0)
+        >>> cube.over_log_snr("flow", prediction_type="epsilon")(torch.ones(1).log())
         tensor([1.])
         >>> del _REGISTRY["doctest_cube"]
     """

@@ -63,8 +63,8 @@ class OptimalLoss(Weighting):
             curve = OptimalLossCurve.load(curve)
         if not isinstance(curve, OptimalLossCurve):
             raise TypeError(
-                f"`OptimalLoss(curve=...)` must be an OptimalLossCurve or the path of its file, got {curve!r}: make one "
-                "of the training data with `snrweights optimal-loss`."
+                f"`OptimalLoss(curve=...)` must be an OptimalLossCurve or the path of its file, got {curve!r}: make "
+                "one of the training data with `snrweights optimal-loss`."
             )
         object.__setattr__(self, "curve", curve)
         super().__post_init__()
@@ -87,6 +87,6 @@ def _sigma_star(curve: OptimalLossCurve) -> float:
     over = curve.sigmas[curve.value > _STAR * curve.made["variance"]]
     if not len(over):
         raise ValueError(
-            f"`OptimalLoss(sigma_star=...)` must be given: no level of {curve} has a J over {_STAR:.0%} of the variance."
+            f"`OptimalLoss(sigma_star=...)` must be given: on no level of {curve} is J over {_STAR:.0%} of its limit."
         )
     return float(over[0])
