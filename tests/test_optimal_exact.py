@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from snrweights.optimal import exact, optimal_loss
 from snrweights.optimal.controls import controls
@@ -155,6 +156,46 @@ def test_near_duplicates_and_twins_at_small_noise(dtype):
         (x.float() @ x[:30].float().T).T * -2 + x.float().square().sum(1) + x[:30].float().square().sum(1)[:, None]
     )
     assert ((naive.double() + d).abs().max() / (2 * 0.002**2)) > 10  # what the test is about
+
+
+BACKENDS = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+
+
+class Precisions(TorchFunctionMode):
+    """What products of float32 may be rounded to, at each product."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        if function in (torch.Tensor.matmul, torch.Tensor.__matmul__):
+            self.seen += [torch.get_float32_matmul_precision(), *(backend.fp32_precision for backend in BACKENDS)]
+        return function(*arguments, **(options or {}))
+
+
+@pytest.fixture
+def kept_precision():
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for backend in BACKENDS:
+        backend.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("by_backend", [False, True])
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_distances_of_floats_never_come_from_tf32(precision, by_backend, kept_precision):
+    if by_backend:
+        BACKENDS[0].fp32_precision = "ieee" if precision == "highest" else "tf32"
+    else:
+        torch.set_float32_matmul_precision(precision)
+    before = [backend.fp32_precision for backend in BACKENDS]
+    with Precisions() as precisions:
+        draws_of(normal(3, 4).float(), normal(3, 4).float()).distances(normal(5, 4).float())
+    assert precisions.seen == ["highest", "ieee", "ieee"]
+    assert [backend.fp32_precision for backend in BACKENDS] == before
+    if not by_backend:
+        assert torch.get_float32_matmul_precision() == precision
 
 
 @ARITHMETICS

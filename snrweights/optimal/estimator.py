@@ -54,9 +54,12 @@ def optimal_loss(
     a source g and noise eps, ``½ Σ_n W_n ||x_n - x_g||²`` has the mean J, with W the posterior over the points given
     x_g + s eps; it is averaged over ±eps and regressed on two control variates of known mean.
 
-    Costs 2 draws N D multiplications, and where a level is too clean for that (fewer than 100 draws are confused
-    between points), N² D / 2 more, once, and some 5 draws N D for each such level. The data are read once for their
-    mean and fingerprint and once for the draws, in order. Memory O(draws chunk + chunk D) beside the data and the
+    Distances between uint8 points, and their products with noise on a grid of 2^-11, are exact integers
+    (``snrweights.optimal.exact``); those of floats are rounded, and near pairs done again.
+
+    Costs 2 draws N D multiplications (3 of uint8), and where a level is too clean for that (fewer than 100 draws are
+    confused between points), N² D / 2 more, once, and some 5 draws N D for each such level. The data are read once for
+    their mean and fingerprint and once for the draws, in order. Memory O(draws chunk + chunk D) beside the data and the
     draws, and N numbers for each level that is too clean. The result is a function of the seed; the size of the chunks
     and the number of processes change it by rounding alone.
 

@@ -55,7 +55,7 @@ def _padded(z: Tensor) -> Tensor:
 
 
 INT8 = Arithmetic(_padded, 2**17 - 8, torch._int_mm)  # sums under 2^31 in int32
-FLOAT32 = Arithmetic(Tensor.float, 2**10, torch.mm)  # sums of whole numbers up to 2^24, in any order
+FLOAT32 = Arithmetic(Tensor.float, 2**10, torch.mm)  # sums of whole numbers up to 2^24, in any order; in tf32 too
 
 
 @cache

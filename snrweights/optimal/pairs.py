@@ -6,7 +6,8 @@ With inv = 1/s the kernel of the point, in units of the source's own, is k = exp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -62,7 +63,8 @@ class FloatDraws:
 
     def distances(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return d (M, n), e (M, n) and the number of points at distance 0 (M,), of rows (n, D)."""
-        products = self.stacked @ rows.T
+        with _full_precision():
+            products = self.stacked @ rows.T
         inner, e = products[: len(self.sources)], products[len(self.sources) :]
         row_squares = torch.linalg.vecdot(rows, rows)
         d = inner.mul_(-2).add_(row_squares).add_(self.squares[:, None])
@@ -77,6 +79,24 @@ class FloatDraws:
                 e[m, n] = (difference * self.noise[m].double()).sum(1).to(e.dtype)
             zeros.index_add_(0, m, (exact == 0).long())
         return d, e, zeros
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Forbid tf32 and bf16 in products of float32, whatever the training script allows, and allow them again after."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    kept = [backend.fp32_precision for backend in backends]
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # they were set by backend, which leaves this one alone
+        precision = "highest"
+    try:
+        torch.set_float32_matmul_precision("highest")  # of every backend too
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        for backend, before in zip(backends, kept, strict=True):
+            backend.fp32_precision = before
 
 
 def dense_sums(d: Tensor, e: Tensor, inv: Tensor) -> Sums:
