@@ -18,7 +18,7 @@ FLOORS = [
     | {"optimal.sources", "optimal.work"},
     {"drawn", "tracking", "uniforms", "optimal.draws", "optimal.small_noise"},
     {"quantiles", "history", "weightings.bound", "optimal.estimator"},
-    {"weightings.base", "optimal.subsets"},
+    {"weightings.base", "optimal.scaling", "optimal.subsets"},
     {"optimal"},
     {
         *("weightings.adaptive", "weightings.classic", "weightings.clipped", "weightings.objectives"),

@@ -108,8 +108,8 @@ def test_a_file_is_as_good_as_the_curve(tmp_path):
         (
             {"curve": gaussian_curve(V, high=0.02)},
             ValueError,
-            r"`OptimalLoss\(sigma_star=...\)` must be given: on no level of OptimalLossCurve\(401 levels, sigma 0.01 to "
-            r"0.02, dim 4\) is J over 1% of its limit",
+            r"`OptimalLoss\(sigma_star=...\)` must be given: on no level of OptimalLossCurve\(401 levels, sigma 0.01 "
+            r"to 0.02, dim 4\) is J over 1% of its limit",
         ),
     ],
 )
