@@ -28,7 +28,6 @@ FLOORS = [
     {"weightings"},
     {"losses", "samplers"},
     {"importance", "objective", "recognition"},
-    {"optimal.rule"},
     {"findings"},
     {"doctor"},
     {"report", "plots", "runs", "charts"},

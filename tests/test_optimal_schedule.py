@@ -1,15 +1,14 @@
-"""The training schedule of the optimal loss: its weighting, and the rule that draws by the gap."""
+"""The weighting of the optimal loss, and the curve beyond its levels."""
 
 import math
-import pickle
 
 import pytest
 import torch
-from cases import SCHEDULES, gaussian_curve
+from cases import gaussian_curve
 
-from snrweights import EDMSchedule, ImportanceSampler, get_weighting, loss_weight
+from snrweights import EDMSchedule, get_weighting, loss_weight
 from snrweights.optimal import OptimalLossCurve, optimal_loss
-from snrweights.optimal.rule import gap_rule
+from snrweights.predictions import PREDICTION_TYPES
 
 V = 0.25
 CURVE = gaussian_curve(V)
@@ -57,6 +56,16 @@ def test_it_is_continuous_at_its_ends():
         at = -2 * torch.tensor([end * (1 - 1e-9), end * (1 + 1e-9)], dtype=torch.float64).log()
         low, high = narrow.log_value(at).tolist()
         assert low == pytest.approx(high, abs=1e-7)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_it_is_the_loss_of_any_target(prediction_type):
+    inside = (SIGMAS > 0.0101) & (SIGMAS < 99)
+    expected = CURVE.at(SIGMAS[inside], prediction_type, "mean", 0.5)
+    torch.testing.assert_close(CURVE.mean_loss(LOG_SNR[inside], prediction_type, 0.5), expected, rtol=1e-12, atol=0)
+    at_zero_snr = {"sample": V, "epsilon": 0.0, "v_prediction": V, "flow_prediction": V, "edm": V / 0.25}
+    ends = CURVE.mean_loss(torch.tensor([-math.inf, math.inf]), prediction_type, 0.5)
+    assert ends[0].item() == pytest.approx(at_zero_snr[prediction_type], rel=1e-12)
 
 
 # the weighting --------------------------------------------------------------------------------------------------------
@@ -116,77 +125,3 @@ def test_a_file_is_as_good_as_the_curve(tmp_path):
 def test_what_it_cannot_use_is_named(hp, error, message):
     with pytest.raises(error, match=message):
         weight(**hp)
-
-
-# the rule -------------------------------------------------------------------------------------------------------------
-
-
-def sampler_of(schedule, prediction_type, density=None, method="edm", **options):
-    bound = get_weighting(method).bind(schedule, prediction_type=prediction_type, density=density)
-    options = {"bins": 8, "warm_up": 1, "refresh_every": 1, **options}
-    return bound, ImportanceSampler(schedule, gap_rule(CURVE, bound), density=density, **options)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "prediction_type"),
-    [("linear", "epsilon"), ("linear", "v_prediction"), ("flow", "flow_prediction"), ("edm", "edm")],
-)
-def test_it_draws_by_the_weighted_gap_of_any_target(schedule, prediction_type):
-    schedule = SCHEDULES[schedule]
-    bound, sampler = sampler_of(schedule, prediction_type, method="soft_min_snr")
-    t, _ = sampler.draw(40_000)
-    log_snr = schedule.log_snr(t).double()
-    floor = CURVE.log_value(log_snr).exp() / 4
-    extra = 0.02 * torch.sigmoid(log_snr)  # on x0
-    ratio = (bound.curve.log_weight(log_snr, "sample") - bound.curve.log_weight(log_snr)).exp()  # R_y
-    sampler.update(t, (floor + extra) * ratio, weight=bound(t))
-    sampler.draw(1)
-    bin = torch.bucketize(log_snr, sampler.evidence.edges[1:-1])
-    gap = torch.zeros(8).double().index_add_(0, bin, extra * ratio * bound(t).double()) / len(t)
-    p, q = sampler.probabilities()
-    torch.testing.assert_close(q, 0.1 * p + 0.9 * gap / gap.sum(), rtol=0.02, atol=2e-3)
-
-
-def test_below_the_floor_it_draws_its_share_of_the_base_alone():
-    _, sampler = sampler_of(EDMSchedule(), "edm", "log_uniform", bins=2)
-    t = torch.tensor([0.01, 0.02, 10.0, 20.0])
-    sampler.update(t, torch.tensor([0.0, 0.0, 5.0, 5.0]))
-    sampler.draw(1)
-    torch.testing.assert_close(sampler.probabilities()[1], torch.tensor([0.95, 0.05]).double(), rtol=1e-6, atol=0)
-
-
-def test_a_model_at_the_floor_everywhere_is_drawn_for_as_before():
-    _, sampler = sampler_of(EDMSchedule(), "edm", "log_uniform", bins=2)
-    sampler.update(torch.tensor([0.01, 10.0]), torch.zeros(2))
-    sampler.draw(1)
-    p, q = sampler.probabilities()
-    assert torch.equal(p, q)
-
-
-@pytest.mark.parametrize(("mode", "power"), [("resample", 1), ("uncorrected", 0)])
-def test_corrected_it_keeps_the_objective_and_uncorrected_it_does_not(mode, power):
-    _, sampler = sampler_of(EDMSchedule(), "edm", "log_uniform", bins=2, mode=mode)
-    sampler.update(torch.tensor([0.05, 3.0]), torch.tensor([5.0, 50.0]))
-    t, factor = sampler.draw(200_000)
-    p, q = sampler.probabilities()
-    assert (p - q).abs().max() > 0.2
-    noisy = t > math.sqrt(0.002 * 80)
-    drawn = torch.stack([noisy.double().mean(), 1 - noisy.double().mean()])
-    torch.testing.assert_close(drawn, q, rtol=0, atol=5e-3)
-    shares = torch.stack([factor[noisy].sum(), factor[~noisy].sum()]).double() / len(t)
-    torch.testing.assert_close(shares, p if power else q, rtol=0, atol=5e-3)
-
-
-def test_uncorrected_its_effective_sample_size_is_whole():
-    _, sampler = sampler_of(EDMSchedule(), "edm", "log_uniform", bins=2, mode="uncorrected")
-    sampler.update(torch.tensor([0.05, 3.0]), torch.tensor([5.0, 50.0]))
-    sampler.draw(1)
-    assert sampler.predicted().effective_sample_size == pytest.approx(1)
-    assert sampler.predicted().of == "the mean gap to the optimal loss"
-
-
-def test_a_sampler_with_the_rule_can_be_pickled():
-    _, sampler = sampler_of(EDMSchedule(), "edm", "log_uniform")
-    sampler.update(torch.tensor([0.05, 3.0]), torch.tensor([5.0, 50.0]))
-    again = pickle.loads(pickle.dumps(sampler))
-    assert torch.equal(again.draw(9)[0], sampler.draw(9)[0])

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from snrweights.files import save_tensors
-from snrweights.predictions import log_error_ratio
+from snrweights.predictions import LIMIT, log_error_ratio
 from snrweights.schedules import exact_dtype
 
 HOW = ("pairs", "importance", "bound")
@@ -78,6 +78,27 @@ class OptimalLossCurve:
         missing = 1 - (cubic.y[-1].exp() / self.made["variance"]).clamp_max(1)
         above = math.log(self.made["variance"]) + torch.log1p(-missing * torch.exp(-2 * beyond))
         return torch.where(beyond > 0, above, cubic(log_sigma))
+
+    def mean_loss(self, log_snr: Tensor, prediction_type: str = "sample", sigma_data: float | None = None) -> Tensor:
+        """Return the optimal loss of a target at any ``log_snr``, on its device: the mean over dimensions.
+
+        Beyond the levels as in ``log_value``.
+
+        Args:
+            log_snr: any shape, infinities included.
+            prediction_type: the target.
+            sigma_data: for ``edm``.
+
+        Example:
+            >>> levels = torch.tensor([1.0, 2.0], dtype=torch.float64)
+            >>> made = {"dim": 4, "variance": 8.0}
+            >>> curve = OptimalLossCurve(levels, levels**2, 0 * levels, ("pairs",) * 2, levels, made)
+            >>> curve.mean_loss(torch.tensor([-torch.inf, 0.0, torch.inf]))
+            tensor([2.0000, 0.2500, 0.0000], dtype=torch.float64)
+        """
+        finite = log_snr.clamp(-LIMIT, LIMIT)
+        log_ratio = log_error_ratio(prediction_type, finite.to(exact_dtype(finite.device)), sigma_data)
+        return (self.log_value(finite) + log_ratio).exp() / self.made["dim"]
 
     def _cubic(self, device: torch.device) -> MonotoneCubic:
         if device not in self._cubics:  # copied once: a copy from the host waits for the device
