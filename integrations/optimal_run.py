@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--small-noise",
         default="importance",
         choices=SMALL_NOISE,
-        help="where fewer than 30 draws are confused: sample, or only bound, which is faster (default: importance)",
+        help="where few draws are confused: sample there, or only bound, which is faster (default: importance)",
     )
     how.add_argument("--device", help="where to compute (default: cuda if there is one)")
     how.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode images (default: 0)")

@@ -88,6 +88,7 @@ def load_reference(
 
     Raises:
         FileNotFoundError: there is no such file, folder or hub data set.
+        TypeError: an ``IterableDataset``; ``optimal_loss`` takes what yields its images as tensors.
         ValueError: no such split, column or tensor; the message lists those there are.
 
     Example:
@@ -104,6 +105,11 @@ def load_reference(
     if isinstance(source, (str, os.PathLike)):
         data = load_images(os.fspath(source), name=name, split=split, column=column)
     else:
+        if isinstance(source, datasets.IterableDataset):
+            raise TypeError(
+                "`source` is an IterableDataset, which has no order to come back to; give its images as uint8"
+                " tensors (C, H, W) to `optimal_loss`: (to_tensor(row['image']) for row in source)."
+            )
         if column not in source.column_names:
             raise ValueError(f"`column` {column!r} is not in the data set; choose one of {source.column_names}.")
         data = source.cast_column(column, datasets.Image(decode=False))

@@ -139,9 +139,12 @@ def test_the_regression_has_no_bias_at_few_draws():
     assert abs(means.mean() - 1) < 3 * means.std() / 200
 
 
-@pytest.mark.parametrize("sigma", [0.4, 1.0, 4.0])
+@pytest.mark.parametrize("sigma", [0.06, 0.19, 0.4, 1.0, 4.0])
 def test_the_error_bars_hold(sigma):
-    """Over 300 replications: the share of |z| < 1.96 within 3 standard errors of .95, and no bias."""
+    """Over 300 replications: the share of |z| < 1.96 within 3 standard errors of .95, and no bias.
+
+    At the smallest levels 40 and 100 of the 200 draws are confused.
+    """
     x = normal(12, 2, seed=3)
     exact = optimal_loss(x, [sigma], draws=100_000, seed=999)
     z = torch.cat(

@@ -222,6 +222,14 @@ def test_labels_of_a_npy_are_another(tmp_path):
         load_reference(tmp_path / "x.npy", column="image")
 
 
+def test_a_stream_of_datasets_is_refused_with_what_to_do(tmp_path):
+    stream = datasets.load_from_disk(saved(tmp_path)).to_iterable_dataset()
+    with pytest.raises(TypeError, match=r"give its images as uint8 tensors .* for row in source\)"):
+        optimal_loss(stream, SIGMAS)
+    images = (torch.from_numpy(np.array(row["image"])).permute(2, 0, 1) for row in stream)
+    assert_same(optimal_loss(images, SIGMAS, draws=16), optimal_loss(PIXELS, SIGMAS, draws=16))
+
+
 def test_data_of_another_kind_are_refused():
     with pytest.raises(TypeError, match="`data` must be a tensor, an array, a data set or the path of one, got int"):
         optimal_loss(3, SIGMAS)

@@ -203,9 +203,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "tracker.safetensors"
     filled().save(path)
     old = load_file(path)
-    monkeypatch.setattr(
-        "snrweights.tracker_state.save_file", lambda state, path, metadata: (_ for _ in ()).throw(OSError("disk full"))
-    )
+    monkeypatch.setattr("snrweights.files.save", lambda tensors, metadata: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         filled(bins=3).save(path)
     assert torch.equal(load_file(path)["moments"], old["moments"])

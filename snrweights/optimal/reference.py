@@ -78,7 +78,7 @@ class ReferenceSet:
         digest = hashlib.sha256(str((self._data.dtype, tuple(self._data.shape))).encode())
         for part, numbers in zip(self._data.split(self.chunk), own.split(self.chunk), strict=True):
             part = part.cpu().contiguous()
-            digest.update(part.view(torch.uint8).numpy())
+            digest.update(part.view(torch.uint8).numpy().data)
             rows = part.flatten(1).double() - shift
             sums.index_add_(0, numbers, rows)
             squares += rows.square().sum()
