@@ -83,7 +83,7 @@ class ReferenceSet:
             sums.index_add_(0, numbers, rows)
             squares += rows.square().sum()
         if self._order is not None:
-            digest.update(own.numpy())
+            digest.update(own.numpy().data)
         count = own.bincount()[:, None]
         mean = self._with_mirror_image(sums / count)
         squares = squares - 2 * (mean * sums).sum() + (count * mean.square()).sum()

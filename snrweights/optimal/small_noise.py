@@ -64,10 +64,11 @@ def pair_bound(reference: ReferenceSet, sigmas: Tensor, work: Work) -> PairBound
 def _bound_sums(d: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
     """Return Σ d e^{-d/8s²} of d (M, n) over n, (L, M), and over M, (L, n); few pairs are near enough to count."""
     by_row, by_column = (torch.zeros(len(sigmas), size, dtype=torch.float64, device=d.device) for size in d.shape)
-    row, column = (d < _reach(sigmas[-1])).nonzero(as_tuple=True)
+    nearest = float(torch.where(d > 0, d, torch.inf).min())
+    row, column = (d < _reach(sigmas[-1], nearest)).nonzero(as_tuple=True)
     d = d[row, column].double()
     for level in range(len(sigmas) - 1, -1, -1):
-        near = d < _reach(sigmas[level])
+        near = d < _reach(sigmas[level], nearest)
         d, row, column = d[near], row[near], column[near]
         terms = _bound_terms(d, float(sigmas[level]))
         by_row[level].index_add_(0, row, terms)
@@ -75,9 +76,9 @@ def _bound_sums(d: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
     return by_row, by_column
 
 
-def _reach(sigma: Tensor) -> float:
-    """Return the d at which e^{-d/8s²} leaves float64."""
-    return 8 * 745 * float(sigma) ** 2
+def _reach(sigma: Tensor, nearest: float) -> float:
+    """Return the d at which e^{-d/8s²} leaves float64, or is e^-60 of that of the nearest pair."""
+    return 8 * float(sigma) ** 2 * min(745.0, nearest / (8 * float(sigma) ** 2) + 60)
 
 
 def _bound_terms(d: Tensor, sigma: float) -> Tensor:
