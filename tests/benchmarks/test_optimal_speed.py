@@ -225,10 +225,10 @@ images.
 
 A draw of ours is a pair ±eps and one pass for all levels, with the reading of the data and the axes of the control
 variates; 256 draws at a time, 512 at the size N = 50,000, D = 3072, 20 levels. A draw of the baselines is one eps, 256
-at a time: `naive` is `torch.cdist`, softmax and W @ X for each level; `naive compiled` has the distances from one matrix
-product and the rest in one kernel of `torch.compile`. In brackets: how many times as fast as `naive`, and as `naive
-compiled`. The baselines are timed at five levels and multiplied; in the last row they are linear in levels and draws,
-five levels taking {five:.1f} ms:
+at a time: `naive` is `torch.cdist`, softmax and W @ X for each level; `naive compiled` has the distances from one
+matrix product and the rest in one kernel of `torch.compile`. In brackets: how many times as fast as `naive`, and as
+`naive compiled`. The baselines are timed at five levels and multiplied; in the last row they are linear in levels and
+draws, five levels taking {five:.1f} ms:
 
 {checks}
 
