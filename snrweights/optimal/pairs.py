@@ -84,7 +84,7 @@ class FloatDraws:
 @contextmanager
 def _full_precision() -> Iterator[None]:
     """Forbid tf32 and bf16 in products of float32, whatever the training script allows, and allow them again after."""
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     kept = [backend.fp32_precision for backend in backends]
     try:
         precision = torch.get_float32_matmul_precision()
