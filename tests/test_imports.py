@@ -15,7 +15,7 @@ FLOORS = [
     {"measure", "schedules", "predictions", "seeds", "settings", "version"},
     {"schedulers", "densities", "process", "statistics", "tracker_state", "uncertainty"}
     | {"optimal.controls", "optimal.curve", "optimal.pairs", "optimal.reference"},
-    {"drawn", "tracking", "uniforms", "optimal.small_noise"},
+    {"drawn", "tracking", "uniforms", "optimal.gap", "optimal.small_noise"},
     {"quantiles", "history", "weightings.bound", "optimal.estimator"},
     {"weightings.base", "optimal.subsets"},
     {"optimal"},
