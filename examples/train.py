@@ -25,6 +25,7 @@ from snrweights.integrations.config import changed_options, parse_options, save_
 from snrweights.integrations.data import ImageTensors, SeededBatches, detach_worker, load_images
 from snrweights.integrations.dry_run import shrink, stand_in, what_it_costs
 from snrweights.integrations.features import extractor
+from snrweights.integrations.floor import FILE, floor_of
 from snrweights.integrations.processes import PROCESSES
 from snrweights.integrations.results import MetricsLog, image_grid, save_results
 from snrweights.integrations.sampling import sample_images
@@ -108,7 +109,8 @@ def train(options: Options) -> Trainer:
         raise SystemExit(f"{output} holds a run: go on with --resume latest, begin anew with --overwrite.")
     data, held_out = load_data(options)
     options = with_measured(options, data, accelerator)
-    trainer = Trainer(options, accelerator, PROCESSES[options.process.process](options.process))
+    curve = floor_of(options.output.optimal_loss, output / FILE, data, options, accelerator)
+    trainer = Trainer(options, accelerator, PROCESSES[options.process.process](options.process), curve)
     accelerator.print(f"Drawing timesteps with {trainer.sampler}.")
     for features in options.output.features:
         extractor(features, weights=options.output.inception_weights)  # missing, it is said now and not at the end
@@ -173,7 +175,8 @@ def train(options: Options) -> Trainer:
             loss = total / count
             running.zero_()
             log_loss_by_noise(accelerator, trainer.tracker, step, since=(step - 1) * trainer.accumulation)
-            log.write(step, loss=loss, lr=trainer.learning_rate(step), seconds=time.perf_counter() - began)
+            gap = trainer.gap(since=(step - 1) * trainer.accumulation)
+            log.write(step, loss=loss, lr=trainer.learning_rate(step), **gap, seconds=time.perf_counter() - began)
             progress.set_postfix(loss=f"{loss:.4f}")
         if held and (last or (options.output.validation_steps and step % options.output.validation_steps == 0)):
             log.write_validation(step, trainer.validate(held))
@@ -218,7 +221,8 @@ def finish(options: Options, trainer: Trainer, data: Subset, log: MetricsLog, se
     trainer.tracker.save(output / "tracker.safetensors")
     # of the second half: what the first steps were like hides the rest
     second_half = trainer.tracker.since(options.optimizer.max_steps * trainer.accumulation // 2)
-    plots.save(plots.plot_loss_by_noise(second_half, log.validations()), output / "loss_by_noise.png")
+    floor = trainer.floor(second_half)
+    plots.save(plots.plot_loss_by_noise(second_half, log.validations(), floor), output / "loss_by_noise.png")
     history = [(update // trainer.accumulation, statistics) for update, statistics in trainer.tracker.history()]
     if len(history) > 1:
         plots.save(plots.plot_history(history), output / "loss_history.png")

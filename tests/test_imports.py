@@ -16,7 +16,7 @@ FLOORS = [
     {"schedulers", "densities", "process", "statistics", "tracker_state", "uncertainty"}
     | {"optimal.controls", "optimal.curve", "optimal.pairs", "optimal.reference"}
     | {"optimal.sources", "optimal.work"},
-    {"drawn", "tracking", "uniforms", "optimal.draws", "optimal.small_noise"},
+    {"drawn", "tracking", "uniforms", "optimal.draws", "optimal.gap", "optimal.small_noise"},
     {"quantiles", "history", "weightings.bound", "optimal.estimator"},
     {"weightings.base", "optimal.scaling", "optimal.subsets"},
     {"optimal"},
