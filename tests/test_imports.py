@@ -15,8 +15,8 @@ FLOORS = [
     {"measure", "schedules", "predictions", "seeds", "settings", "version"},
     {"schedulers", "densities", "process", "statistics", "tracker_state", "uncertainty"}
     | {"optimal.controls", "optimal.curve", "optimal.pairs", "optimal.reference"},
-    {"drawn", "tracking", "uniforms", "optimal.gap", "optimal.small_noise"},
-    {"quantiles", "history", "weightings.bound", "optimal.estimator"},
+    {"drawn", "tracking", "uniforms", "optimal.small_noise"},
+    {"quantiles", "history", "weightings.bound", "optimal.estimator", "optimal.gap"},
     {"weightings.base", "optimal.subsets"},
     {"optimal"},
     {
