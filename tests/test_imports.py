@@ -16,8 +16,8 @@ FLOORS = [
     {"schedulers", "densities", "process", "statistics", "tracker_state", "uncertainty"}
     | {"optimal.controls", "optimal.curve", "optimal.pairs", "optimal.reference"}
     | {"optimal.sources", "optimal.work"},
-    {"drawn", "tracking", "uniforms", "optimal.draws", "optimal.gap", "optimal.small_noise"},
-    {"quantiles", "history", "weightings.bound", "optimal.estimator"},
+    {"drawn", "tracking", "uniforms", "optimal.draws", "optimal.small_noise"},
+    {"quantiles", "history", "weightings.bound", "optimal.estimator", "optimal.gap"},
     {"weightings.base", "optimal.scaling", "optimal.subsets"},
     {"optimal"},
     {

@@ -69,8 +69,8 @@ class OptimalLossCurve:
         Example:
             >>> levels = torch.tensor([1.0, 2.0], dtype=torch.float64)
             >>> curve = OptimalLossCurve(levels, levels**2, 0 * levels, ("pairs",) * 2, levels, {"variance": 5.0})
-            >>> curve.log_value(torch.tensor([5000.0, 0.0, -5000.0])).exp()
-            tensor([0., 1., 5.], dtype=torch.float64)
+            >>> curve.log_value(torch.tensor([4.0, 0.0, -100.0]))
+            tensor([-4.0000,  0.0000,  1.6094], dtype=torch.float64)
         """
         cubic = self._cubic(log_snr.device)
         log_sigma = log_snr.to(cubic.x) / -2

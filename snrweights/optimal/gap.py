@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from snrweights.densities import Density
+from snrweights.drawn import TableDensity
 from snrweights.optimal.curve import OptimalLossCurve
 from snrweights.predictions import log_error_ratio
 from snrweights.statistics import LossStatistics
 
 _PER_BIN = 64
-_QUANTILES = 2**15
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def floor_by_bin(
     """Return the optimal loss (bins,), mean over dimensions, at the noise levels drawn in each bin; NaN outside.
 
     Args:
-        edges: (bins + 1,) log-SNR, increasing; the outermost bins also hold what lies beyond, as a tracker's do.
+        edges: (bins + 1,) log-SNR, increasing; of a continuous density, what lies beyond the outermost is left out.
         curve: of the data.
         density: that noise levels are drawn from; None: uniform in log-SNR over each bin.
         prediction_type: the target.
@@ -125,22 +125,29 @@ def floor_by_bin(
 
 
 class _Levels:
-    """Noise levels as they are drawn, by bin: quantiles of the density, which are exact also for a table."""
+    """Noise levels as they are drawn, by bin: the timesteps of a table, else 64 points a bin with the density there."""
 
     def __init__(self, edges: Tensor, density: Density | None, curve: OptimalLossCurve) -> None:
         edges = edges.double().cpu()
         self._bins, self._curve = len(edges) - 1, curve
-        if density is None:
+        if isinstance(density, TableDensity):
+            log_snr = density.log_snr.double().cpu()
+            weights = torch.full_like(log_snr, 1 / len(log_snr))
+        else:
             inside = (torch.arange(_PER_BIN, dtype=torch.float64) + 0.5) / _PER_BIN
             log_snr = (edges[:-1, None] + edges.diff()[:, None] * inside).flatten()
-        else:
-            log_snr = density.icdf((torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES).contiguous()
-        self._place = torch.bucketize(log_snr, edges[1:-1])
+            weights = edges.diff().repeat_interleave(_PER_BIN) / _PER_BIN
+            if density is None:
+                weights = weights / weights.sum()
+            else:
+                low, high = density.icdf(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
+                drawn = (log_snr >= low) & (log_snr <= high)
+                weights = weights * torch.where(drawn, density.log_prob(log_snr).exp(), 0.0)
+        self._place, self._weights = torch.bucketize(log_snr, edges[1:-1]), weights
         low, high = (-2 * curve.sigmas[[-1, 0]].log()).tolist()
         self._known = (log_snr >= low) & (log_snr <= high)
         self._log_snr = log_snr.clamp(low, high)
-        self._counts = self._place.bincount(minlength=self._bins).double()
-        self.mass = self._counts / len(log_snr)
+        self.mass = torch.zeros(self._bins, dtype=torch.float64).index_add_(0, self._place, weights)
 
     def floor(self, prediction_type: str, sigma_data: float | None) -> tuple[Tensor, Tensor]:
         """Return the optimal loss of each bin (bins,), and its relative standard error."""
@@ -158,4 +165,6 @@ class _Levels:
         return self._mean(log_error_ratio(prediction_type, self._log_snr, sigma_data).exp())
 
     def _mean(self, values: Tensor) -> Tensor:
-        return torch.zeros(self._bins, dtype=torch.float64).index_add_(0, self._place, values) / self._counts
+        return (
+            torch.zeros(self._bins, dtype=torch.float64).index_add_(0, self._place, self._weights * values) / self.mass
+        )

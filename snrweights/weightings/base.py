@@ -70,6 +70,7 @@ class Weighting(ABC):
         formula: for people, in w_eps, w_x0 or w_KG.
         source: the paper.
         rule: of ``ImportanceSampler``, by which timesteps are best drawn for it where it has no density of its own.
+        needs: hyperparameters that have no default.
 
     Example:
         >>> get_weighting("min_snr").target, get_weighting("min_snr").hyperparameters()
@@ -82,6 +83,7 @@ class Weighting(ABC):
     source: ClassVar[str]
     refuses_infinities: ClassVar[bool] = True
     rule: ClassVar[str | None] = None
+    needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -46,9 +47,12 @@ class OptimalLoss(Weighting):
     Example:
         >>> from snrweights.optimal import optimal_loss
         >>> curve = optimal_loss(torch.tensor([[-0.5], [0.5]]), [0.05, 0.1, 0.5, 1.0, 4.0], draws=2000)
-        >>> OptimalLoss(curve, w_max=100.0, scale=1.0, sigma_star=0.1).log_weight(torch.tensor([-4096.0, 4096.0])).exp()
-        tensor([  4., 100.], dtype=torch.float64)
+        >>> weighting = OptimalLoss(curve, w_max=100.0, scale=1.0, sigma_star=0.1)
+        >>> weighting.log_weight(torch.tensor([-4096.0, 4096.0])).exp()  # 1 / variance, and w_max
+        tensor([  4.0000, 100.0000], dtype=torch.float64)
     """
+
+    needs: ClassVar[tuple[str, ...]] = ("curve",)
 
     curve: OptimalLossCurve | str | os.PathLike[str] | None = hyper(None, number=False)
     w_max: float = hyper(100.0, above=0)
