@@ -22,7 +22,7 @@ from snrweights.integrations import metrics
 from snrweights.integrations.accelerate import log_loss_by_noise
 from snrweights.integrations.checkpoint import CheckpointError, Checkpoints, StopSignal
 from snrweights.integrations.config import changed_options, parse_options, save_options
-from snrweights.integrations.data import ImageTensors, SeededBatches, detach_worker, load_images
+from snrweights.integrations.data import ImageTensors, SeededBatches, detach_worker, load_images, split
 from snrweights.integrations.dry_run import shrink, stand_in, what_it_costs
 from snrweights.integrations.features import extractor
 from snrweights.integrations.floor import FILE, floor_of
@@ -31,7 +31,7 @@ from snrweights.integrations.results import MetricsLog, image_grid, save_results
 from snrweights.integrations.sampling import sample_images
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
-from trainer import MEASURE, SAMPLES, SPLIT, UNCERTAINTY, Trainer
+from trainer import MEASURE, SAMPLES, UNCERTAINTY, Trainer
 
 import snrweights
 from snrweights import plots
@@ -53,10 +53,10 @@ def load_data(options: Options) -> tuple[Subset, Subset]:
         rows = stand_in(data.image_column, data.label_column, data.resolution, data.channels, options.model.num_classes)
     labels = data.label_column if options.model.num_classes else None
     images = ImageTensors(rows, data.image_column, data.resolution, data.channels, labels, options.model.num_classes)
-    if not 0 <= data.validation_images < len(images):
-        raise SystemExit(f"`validation_images` must be in [0, {len(images)}), got {data.validation_images}.")
-    order = torch.randperm(len(images), generator=generator(options.run.seed, SPLIT)).tolist()
-    return Subset(images, order[data.validation_images :]), Subset(images, order[: data.validation_images])
+    try:
+        return split(images, data.validation_images, options.run.seed)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
 
 
 def with_measured(options: Options, data: Subset, accelerator: Accelerator) -> Options:

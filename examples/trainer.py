@@ -33,7 +33,7 @@ from snrweights.statistics import LossStatistics
 from snrweights.uncertainty import LearnedUncertainty, with_uncertainty
 
 UNCERTAINTY = "uncertainty.safetensors"
-NOISE, VALIDATION, SAMPLES, MEASURE, SPLIT, DROPOUT = range(1, 7)  # streams of random numbers, beside the seed
+NOISE, VALIDATION, SAMPLES, MEASURE, _, DROPOUT = range(1, 7)  # streams of random numbers, beside the seed
 
 
 def make_model(options: Options) -> UNet2DModel:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from snrweights.seeds import generator
 
+_SPLIT = 5  # stream of random numbers, beside the seed
+
 
 def load_images(
     source: str, *, name: str | None = None, split: str = "train", column: str = "image"
@@ -134,6 +136,21 @@ class ImageTensors(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 def open_image(cell: dict[str, Any]) -> Image.Image:
     """Open the undecoded image of a cell: bytes or a path."""
     return Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
+
+
+def split(
+    images: torch.utils.data.Dataset[Any], held_out: int, seed: int
+) -> tuple[torch.utils.data.Subset[Any], torch.utils.data.Subset[Any]]:
+    """Return what a run of ``examples/train.py`` trains on, and so many images that it holds out: by the seed.
+
+    Raises:
+        ValueError: more images to be held out than there are.
+    """
+    size = len(images)  # type: ignore[arg-type]
+    if not 0 <= held_out < size:
+        raise ValueError(f"`validation_images` must be in [0, {size}), got {held_out}.")
+    order = torch.randperm(size, generator=generator(seed, _SPLIT)).tolist()
+    return torch.utils.data.Subset(images, order[held_out:]), torch.utils.data.Subset(images, order[:held_out])
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("-o", "--output", metavar="FILE", help="draw what the configuration optimises")
     check.set_defaults(run=_doctor)
 
-    from snrweights.integrations import audit_run, launch, optimal_run
+    from snrweights.integrations import audit_run, diagnose_run, launch, optimal_run
 
     optimum = commands.add_parser(
         "optimal-loss",
@@ -130,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     optimum.set_defaults(run=optimal_run.run)
 
     for name, module, summary in (
+        ("diagnose", diagnose_run, "say how far trained models are from the optimal loss of their data, and where"),
         ("audit", audit_run, "run a training script for a few steps and say what its loss weighs"),
         ("launch", launch, "run an unmodified training script with a weighting"),
     ):

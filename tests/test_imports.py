@@ -16,8 +16,8 @@ FLOORS = [
     {"schedulers", "densities", "process", "statistics", "tracker_state", "uncertainty"}
     | {"optimal.controls", "optimal.curve", "optimal.pairs", "optimal.reference"}
     | {"optimal.sources", "optimal.work"},
-    {"drawn", "tracking", "uniforms", "optimal.draws", "optimal.small_noise"},
-    {"quantiles", "history", "weightings.bound", "optimal.estimator", "optimal.gap"},
+    {"drawn", "tracking", "uniforms", "optimal.draws", "optimal.ideal", "optimal.small_noise"},
+    {"quantiles", "history", "weightings.bound", "optimal.estimator", "optimal.gap", "diagnose"},
     {"weightings.base", "optimal.scaling", "optimal.subsets"},
     {"optimal"},
     {
@@ -31,7 +31,7 @@ FLOORS = [
     {"findings"},
     {"doctor"},
     {"report", "plots", "runs", "charts"},
-    {"run_charts"},
+    {"run_charts", "gap_plots"},
     {"page"},
     {"cli"},
     {""},  # the package's own __init__

@@ -134,13 +134,30 @@ class OptimalLossCurve:
             raise ValueError(f"Unknown `reduction` {reduction!r}; choose one of ['sum', 'mean'].")
         wanted = torch.as_tensor(sigmas, dtype=torch.float64).cpu()
         low, high = float(self.sigmas[0]), float(self.sigmas[-1])
-        slack = 1e-12
+        slack = 1e-6  # of float32
         if not bool(((wanted >= low * (1 - slack)) & (wanted <= high * (1 + slack))).all()):
             raise ValueError(f"`sigmas` must lie in [{low:g}, {high:g}], where the curve is, got {sigmas}.")
         log_value = self._cubic(wanted.device)(wanted.clamp(low, high).log())
         log_ratio = log_error_ratio(prediction_type, -2 * wanted.log(), sigma_data)
         value = (log_value + log_ratio).exp()
         return value / self.made["dim"] if reduction == "mean" else value
+
+    def stderr_at(self, sigmas: Tensor) -> Tensor:
+        """Return the standard error of J at ``sigmas``, any shape, float64: relative to J, linear in ln sigma.
+
+        Of a bound it is the bound itself, since J may be anything below.
+
+        Example:
+            >>> levels = torch.tensor([1.0, 4.0], dtype=torch.float64)
+            >>> curve = OptimalLossCurve(levels, levels**2, levels**2 / 10, ("pairs",) * 2, levels)
+            >>> curve.stderr_at(torch.tensor([2.0]))
+            tensor([0.4000], dtype=torch.float64)
+        """
+        at = torch.as_tensor(sigmas, dtype=torch.float64).cpu()
+        bound = torch.tensor([how == "bound" for how in self.how])
+        relative = torch.where(bound, 1.0, self.stderr / self.value.clamp_min(_SMALLEST))
+        between = np.interp(at.log().numpy(), self.sigmas.log().numpy(), relative.numpy())
+        return self.at(at) * torch.from_numpy(np.asarray(between))
 
     def bin_means(
         self,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 _PIXEL = 1 / 127.5  # the data are u / 127.5 - 1
-_GRID = 2.0**-11
+GRID = 2.0**-11
 _LARGEST = 2**14 - 1  # of eps in steps of the grid, where hi = lo = 127: 8 standard deviations
 
 
@@ -86,7 +86,7 @@ def _seconds(arithmetic: Arithmetic) -> float:
 
 def on_grid(noise: Tensor) -> Tensor:
     """Return noise rounded to the grid, in whole steps of 2^-11, int32; 8 standard deviations at most."""
-    return (noise / _GRID).round().clamp(-_LARGEST, _LARGEST).to(torch.int32)
+    return (noise / GRID).round().clamp(-_LARGEST, _LARGEST).to(torch.int32)
 
 
 class PixelDraws:
@@ -119,7 +119,7 @@ class PixelDraws:
         d = inner.mul_(-2).add_(_squares(z)).add_(self.squares[:, None])
         e = high[: len(self.along)].mul_(128).add_(low[: len(self.along)]).sub_(self.along[:, None])
         zeros = (d == 0).sum(1)
-        return d.mul_(_PIXEL**2).float(), e.mul_(_PIXEL * _GRID).float(), zeros
+        return d.mul_(_PIXEL**2).float(), e.mul_(_PIXEL * GRID).float(), zeros
 
 
 def _centred(points: Tensor) -> Tensor:

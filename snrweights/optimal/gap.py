@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -153,12 +152,8 @@ class _Levels:
         """Return the optimal loss of each bin (bins,), and its relative standard error."""
         sigmas = (-self._log_snr / 2).exp().clamp(self._curve.sigmas[0], self._curve.sigmas[-1])
         values = self._curve.at(sigmas, prediction_type, "mean", sigma_data)
-        relative = self._curve.stderr / self._curve.value.clamp_min(1e-300)
-        stderr = np.interp(-self._log_snr.numpy() / 2, self._curve.sigmas.log().numpy(), relative.numpy())
-        return (
-            self._mean(torch.where(self._known, values, torch.nan)),
-            self._mean(torch.from_numpy(stderr)),
-        )
+        relative = self._curve.stderr_at(sigmas) / self._curve.at(sigmas)
+        return self._mean(torch.where(self._known, values, torch.nan)), self._mean(relative)
 
     def ratio(self, prediction_type: str, sigma_data: float | None) -> Tensor:
         """Return R_y of each bin (bins,)."""

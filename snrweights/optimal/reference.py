@@ -117,12 +117,25 @@ class ReferenceSet:
     def _stored(self, positions: range | Tensor) -> Tensor:
         """Return a copy of the data at positions (B,), flat (B, dim), in their own dtype."""
         positions = torch.arange(positions.start, positions.stop) if isinstance(positions, range) else positions
-        index = positions if self._order is None else self._order[positions]
+        index = self._numbers(positions)
         images = self._data[(index % len(self._data)).to(self._data.device)].to(self.device)
         if self.flips:
             mirrored = (index >= len(self._data)).to(self.device)
             images[mirrored] = images[mirrored].flip(-1)
         return images.flatten(1)
+
+    def _numbers(self, positions: Tensor) -> Tensor:
+        """Return where positions (B,) are in the data, mirror images coming after all of them."""
+        return positions if self._order is None else self._order[positions]
+
+    def numbers(self, positions: Tensor) -> Tensor:
+        """Return which of the data (B,) the points at positions (B,) are, or are mirror images of."""
+        return self._numbers(positions) % len(self._data)
+
+    def images(self, positions: Tensor) -> Tensor:
+        """Return the points (B, ...) at positions (B,) as a model sees them, floating, not centred."""
+        stored = self._stored(positions).unflatten(1, self._data.shape[1:])
+        return stored / 127.5 - 1 if stored.dtype == torch.uint8 else stored.to(self.dtype)
 
     def rows(self, positions: range | Tensor) -> Tensor:
         """Return the centred rows (B, dim) at positions (B,)."""

@@ -1,0 +1,105 @@
+"""A model or run in a folder, with the data that it was trained on and their optimal loss, diagnosed."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import yaml
+from snrweights.integrations.data import ImageTensors, load_images, split
+from snrweights.integrations.floor import FILE, TrainingImages, training_images
+from snrweights.integrations.reference_data import load_reference
+from snrweights.integrations.trained import TrainedModel, load_trained
+from torch import Tensor
+
+from snrweights.diagnose import ModelGap, diagnose
+from snrweights.optimal import OptimalLossCurve, optimal_loss
+
+_CONFIG = "config.yaml"
+_CURVE_DRAWS = 2048
+
+
+def diagnosed(path: Path, name: str, arguments: argparse.Namespace, device: str) -> ModelGap:
+    """Return the gap of the model in a folder, measured as the arguments of ``snrweights diagnose`` say.
+
+    Raises:
+        FileNotFoundError: no model, no data or no curve there.
+        ValueError: they cannot be read, or do not fit together.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no folder {str(path)!r}.")
+    is_run = (path / _CONFIG).is_file()
+    options = {"scheduler": arguments.scheduler, "prediction_type": arguments.prediction_type, "device": device}
+    model = load_trained(path / "model" if is_run else path, name, **options)
+    data, classes = _data(path, model, arguments, is_run)
+    levels = model.levels(arguments.levels, *arguments.log_snr)
+    curve = _curve(path, data, levels, arguments, device)
+
+    def denoise(x: Tensor, log_snr: Tensor, index: Tensor) -> Tensor:
+        return model.denoise(x, log_snr, None if classes is None else classes.to(index.device)[index])
+
+    return diagnose(
+        denoise,
+        data.images,
+        levels,
+        curve,
+        name=name,
+        labels=data.labels,
+        flips=data.flips,
+        sigma_data=model.schedule.sigma_data,
+        draws=arguments.draws,
+        seed=arguments.seed,
+        device=device,
+    )
+
+
+def _data(
+    path: Path, model: TrainedModel, arguments: argparse.Namespace, is_run: bool
+) -> tuple[TrainingImages, Tensor | None]:
+    """Return what a model was trained on, and the classes that it is told."""
+    if arguments.data is None:
+        if not is_run:
+            raise ValueError(f"`--data` must be given: {str(path)!r} has no {_CONFIG} of a run that says what it saw.")
+        data = _data_of_run(path)
+    else:
+        size = model.unet.config.sample_size
+        images, labels = load_reference(
+            arguments.data,
+            split=arguments.split,
+            column=arguments.column,
+            resolution=size if isinstance(size, int) else None,
+            channels=model.unet.config.in_channels,
+            labels=arguments.labels,
+        )
+        data = TrainingImages(torch.stack([*images]), labels, arguments.flips, 0.0, arguments.seed)
+    if model.conditional != (data.labels is not None):
+        told = "is told a class: name its column with `--labels`" if model.conditional else "is told no class"
+        raise ValueError(f"{model.name} {told}.")
+    return data, data.labels
+
+
+def _data_of_run(path: Path) -> TrainingImages:
+    config = yaml.safe_load((path / _CONFIG).read_text())
+    options = SimpleNamespace(**{k: SimpleNamespace(**v) for k, v in config.items() if isinstance(v, dict)})
+    data, classes = options.data, options.model.num_classes
+    rows = load_images(data.dataset, name=data.dataset_config_name, split=data.split, column=data.image_column)
+    labels = data.label_column if classes else None
+    images = ImageTensors(rows, data.image_column, data.resolution, data.channels, labels, classes)
+    return training_images(split(images, data.validation_images, options.run.seed)[0], options)
+
+
+def _curve(
+    path: Path, data: TrainingImages, levels: Tensor, arguments: argparse.Namespace, device: str
+) -> OptimalLossCurve:
+    """Return the curve that is named; or the run's own, if it is that of a model that is always told its class."""
+    if arguments.curve is not None:
+        return OptimalLossCurve.load(arguments.curve)
+    if arguments.data is None and (path / FILE).is_file():
+        own = OptimalLossCurve.load(path / FILE)
+        if not own.made.get("class_dropout"):
+            return own
+    options: dict[str, Any] = {"labels": data.labels, "flips": data.flips, "device": device}
+    return optimal_loss(data.images, (-levels / 2).exp(), draws=_CURVE_DRAWS, seed=arguments.seed + 1, **options)
