@@ -124,10 +124,10 @@ class SamplerOptions:
 
     draws: Literal["independent", "antithetic", "stratified"] = "independent"
     """Independent, or spread over all that an optimizer step draws."""
-    importance: Literal["none", "gradient", "loss_second_moment", "variance"] | None = None
+    importance: Literal["none", "gradient", "loss_second_moment", "variance", "gap"] | None = None
     """Draw by measured losses, with importance weights (default: as the method asks)."""
-    importance_mode: Literal["resample", "reweight"] = "resample"
-    """resample keeps the objective, reweight changes it."""
+    importance_mode: Literal["resample", "reweight", "uncorrected"] = "resample"
+    """resample keeps the objective, reweight and uncorrected change it."""
     importance_floor: float | None = None
     """Share of draws that stay where the process has them (default: the rule's)."""
     importance_refresh: int = 10

@@ -31,10 +31,11 @@ from snrweights.integrations.results import MetricsLog, image_grid, save_results
 from snrweights.integrations.sampling import sample_images
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
-from trainer import MEASURE, SAMPLES, UNCERTAINTY, Trainer
+from trainer import MEASURE, SAMPLES, UNCERTAINTY, Trainer, make_weighting
 
 import snrweights
 from snrweights import plots
+from snrweights.optimal import OptimalLossCurve
 from snrweights.seeds import generator
 from snrweights.settings import parse_settings
 
@@ -59,9 +60,9 @@ def load_data(options: Options) -> tuple[Subset, Subset]:
         raise SystemExit(str(error)) from None
 
 
-def with_measured(options: Options, data: Subset, accelerator: Accelerator) -> Options:
+def with_measured(options: Options, data: Subset, accelerator: Accelerator, curve: OptimalLossCurve | None) -> Options:
     """Fill in what is to be measured, if anything is: sigma_data and the method's ``data_variance``, in one pass."""
-    weighting = snrweights.get_weighting(options.weight.method, **parse_settings(options.weight.set))
+    weighting = make_weighting(options, curve)
     if options.process.sigma_data is not None and getattr(weighting, "data_variance", 0) is not None:
         return options
     loader = DataLoader(data, batch_size=256, num_workers=options.data.dataloader_num_workers)
@@ -108,8 +109,8 @@ def train(options: Options) -> Trainer:
     if saved.exists() and not (options.run.resume or options.run.overwrite):
         raise SystemExit(f"{output} holds a run: go on with --resume latest, begin anew with --overwrite.")
     data, held_out = load_data(options)
-    options = with_measured(options, data, accelerator)
     curve = floor_of(options.output.optimal_loss, output / FILE, data, options, accelerator)
+    options = with_measured(options, data, accelerator, curve)
     trainer = Trainer(options, accelerator, PROCESSES[options.process.process](options.process), curve)
     accelerator.print(f"Drawing timesteps with {trainer.sampler}.")
     for features in options.output.features:

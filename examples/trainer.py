@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 import snrweights
+from snrweights.importance import RULES
 from snrweights.optimal import OptimalLossCurve, floor_by_bin, gap_by_bin
 from snrweights.schedules import Schedule
 from snrweights.seeds import generator, seed_of
 from snrweights.settings import parse_settings
 from snrweights.statistics import LossStatistics
 from snrweights.uncertainty import LearnedUncertainty, with_uncertainty
+from snrweights.weightings.base import needed_by
 
 UNCERTAINTY = "uncertainty.safetensors"
 NOISE, VALIDATION, SAMPLES, MEASURE, _, DROPOUT = range(1, 7)  # streams of random numbers, beside the seed
@@ -54,6 +57,16 @@ def make_model(options: Options) -> UNet2DModel:
     if model.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return unet
+
+
+def make_weighting(options: Options, curve: OptimalLossCurve | None) -> snrweights.Weighting:
+    """Return the weighting that the options name, with the optimal loss of the run where it needs one."""
+    settings: dict[str, Any] = dict(parse_settings(options.weight.set))
+    if "curve" in needed_by(options.weight.method) and "curve" not in settings:
+        if curve is None:
+            raise SystemExit(f"`--method {options.weight.method}` needs the optimal loss: give --optimal-loss measure.")
+        settings["curve"] = curve
+    return snrweights.get_weighting(options.weight.method, **settings)
 
 
 class WithUncertainty(nn.Module):
@@ -81,7 +94,7 @@ class Trainer:
     ) -> None:
         self.options, self.accelerator, self.process, self.curve = options, accelerator, process, curve
         self.accumulation = options.optimizer.gradient_accumulation_steps
-        weighting = snrweights.get_weighting(options.weight.method, **parse_settings(options.weight.set))
+        weighting = make_weighting(options, curve)
         self.sampler = self.make_sampler(weighting)
         self.weight = weighting.bind(
             process.schedule,
@@ -134,7 +147,7 @@ class Trainer:
         if rule == "none":
             self.refuse_importance_flags()
             return snrweights.TimestepSampler(self.process.schedule, density, **draws)
-        if weighting.batch_dependent and options.importance_mode == "resample":
+        if weighting.batch_dependent and options.importance_mode != "reweight":
             raise SystemExit(
                 f"{weighting!r} takes its centre from what is drawn, which `--importance {rule}` moves, and with it "
                 "the objective: --set center=fixed, or --importance none."
@@ -142,6 +155,7 @@ class Trainer:
         return snrweights.ImportanceSampler(
             self.process.schedule,
             rule,
+            optimum=self.optimum(rule),
             density=density,
             mode=options.importance_mode,
             floor=options.importance_floor,
@@ -149,6 +163,16 @@ class Trainer:
             reduce=SumOverProcesses(self.accelerator),
             **draws,
         )
+
+    def optimum(self, rule: str) -> Callable[[Tensor], Tensor] | None:
+        """Return the optimal loss on the model's own target, for a rule that needs it."""
+        if not RULES[rule].excess:
+            return None
+        if self.curve is None:
+            raise SystemExit(f"`--importance {rule}` needs the optimal loss: give --optimal-loss measure.")
+        process = self.process
+        options = {"prediction_type": process.prediction_type, "sigma_data": process.schedule.sigma_data}
+        return functools.partial(self.curve.mean_loss, **options)
 
     def refuse_importance_flags(self) -> None:
         """Refuse what would be ignored."""

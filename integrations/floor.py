@@ -18,6 +18,7 @@ from snrweights.optimal.reference import ReferenceSet
 FILE = "optimal_loss.safetensors"
 LEVELS = torch.linspace(8, -8, 65, dtype=torch.float64).exp().flip(0)  # log-SNR from -16 to 16, as trackers have it
 DRAWS = 2048
+_FEW = 64  # images of a dry run
 _SAME = ("data", "points", "dim", "groups", "flips")
 
 
@@ -36,7 +37,7 @@ def floor_of(
         source: ``none``, ``measure``, or the file of a curve.
         path: where the run keeps it.
         data: the training images, of ``ImageTensors``.
-        options: the run's, for flips, classes, their dropout, the seed and whether it is resumed.
+        options: the run's, for flips, classes, their dropout, the seed, and whether it is resumed or a dry run.
         accelerator: of the run.
 
     Raises:
@@ -46,6 +47,8 @@ def floor_of(
         if accelerator.is_main_process and not options.run.resume:
             path.unlink(missing_ok=True)  # of the run that is overwritten
         return None
+    if options.run.dry_run:
+        data = Subset(data.dataset, data.indices[:_FEW])
     if accelerator.is_main_process:
         kept = path if options.run.resume and path.is_file() else source
         reference = training_images(data, options, progress=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from snrweights import optimal_plots, plots
 from snrweights.optimal import OptimalLossCurve, optimal_loss
 from snrweights.optimal.small_noise import SMALL_NOISE
 
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", default="optimal-loss.safetensors", help="file to write (default: optimal-loss.safetensors)"
     )
+    parser.add_argument("--plot", metavar="FILE", help="draw the curve, too")
 
     data = parser.add_argument_group("the data, as the model sees them")
     data.add_argument("--split", default="train", help="which split (default: train)")
@@ -67,6 +69,8 @@ def run(arguments: argparse.Namespace) -> Callable[[], int]:
     output = Path(arguments.output)
     if output.suffix != ".safetensors":
         raise ValueError(f"`--output` {arguments.output!r} must end in .safetensors.")
+    if arguments.plot:
+        plots.check_format(arguments.plot)
     sigmas = _levels(arguments)
     data, labels = load_reference(
         arguments.dataset,
@@ -102,8 +106,10 @@ def run(arguments: argparse.Namespace) -> Callable[[], int]:
         return lambda: 130
     if processes.get("rank", 0) == 0:
         curve.save(output)
+        if arguments.plot:
+            plots.save(optimal_plots.plot_optimal_loss({Path(arguments.dataset).stem: curve}), arguments.plot)
         print(_table(curve))
-        print(f"Wrote {output}")
+        print(f"Wrote {' and '.join(filter(None, (str(output), arguments.plot)))}")
         if arguments.state is None:
             shutil.rmtree(state)
     return lambda: 0

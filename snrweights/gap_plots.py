@@ -35,6 +35,10 @@ def plot_gaps(models: Sequence[ModelGap], unit: str = "epsilon") -> Figure:
         raise ValueError("`models` is empty; give at least one.")
     figure = _figure(2)
     left, right = figure.subplots(1, 2)
+    first = models[0]
+    left.plot(
+        first.log_snr, first.optimum * first.ratio(unit), color="0.4", lw=2.5, alpha=0.6, label="optimum", zorder=1
+    )
     for i, model in enumerate(models):
         style: dict[str, Any] = {"color": _COLOURS[i % len(_COLOURS)], "ls": _STYLES[i % len(_STYLES)], "lw": 1.5}
         ratio, at = model.ratio(unit), model.log_snr
@@ -44,10 +48,6 @@ def plot_gaps(models: Sequence[ModelGap], unit: str = "epsilon") -> Figure:
         if bool(below.any()):
             marks = {"s": 40, "color": style["color"], "marker": "x", "zorder": 3}
             left.scatter(at[below], (model.loss * ratio)[below], label=f"{model.name}: below the optimum", **marks)
-    first = models[0]
-    left.plot(
-        first.log_snr, first.optimum * first.ratio(unit), color="0.4", lw=2.5, alpha=0.6, label="optimum", zorder=1
-    )
     _finish(left, f"loss, as an error of {unit}", "mean squared error")
     _finish(right, "gap to the optimum", "")
     for ax in (left, right):

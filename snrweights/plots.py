@@ -49,12 +49,17 @@ def _finish(ax: Axes, title: str, y_label: str) -> None:
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a figure; the suffix says the format."""
+    check_format(path)
     path = Path(path)
-    choices = sorted(figure.canvas.get_supported_filetypes())
-    if path.suffix[1:].lower() not in choices:
-        raise ValueError(f"`path` {os.fspath(path)!r} must end in one of {choices}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def check_format(path: str | os.PathLike[str]) -> None:
+    """Raise a ValueError if the suffix says no format that a figure can be written in."""
+    choices = sorted(_figure(1).canvas.get_supported_filetypes())
+    if Path(path).suffix[1:].lower() not in choices:
+        raise ValueError(f"`path` {os.fspath(path)!r} must end in one of {choices}.")
 
 
 def plot_weights(

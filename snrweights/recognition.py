@@ -14,7 +14,7 @@ from torch import Tensor
 from snrweights.predictions import PREDICTION_TYPES
 from snrweights.schedules import Schedule
 from snrweights.weightings import parity
-from snrweights.weightings.base import _REGISTRY, Weighting, get_weighting, list_weightings
+from snrweights.weightings.base import Weighting, get_weighting, list_weightings, needed_by
 
 _GRID = torch.logspace(-3, 3, 61, dtype=torch.float64).tolist()  # where a positive hyperparameter is looked for
 _LINE = torch.linspace(-10, 10, 41, dtype=torch.float64).tolist()  # and any other
@@ -155,7 +155,7 @@ def _comparisons(log_snr: Tensor, groups: Tensor) -> int:
 
 def _candidates() -> Iterator[Weighting]:
     yield from (PlainMSE(target) for target in PREDICTION_TYPES)
-    yield from (get_weighting(name) for name in list_weightings() if not _REGISTRY[name].needs)
+    yield from (get_weighting(name) for name in list_weightings() if not needed_by(name))
     yield from (parity.get(name) for name in parity.names())
 
 

@@ -16,7 +16,7 @@ from snrweights.optimal import OptimalLossCurve
 from snrweights.settings import parse_settings
 from snrweights.statistics import LossStatistics
 from snrweights.tracking import LossVarianceTracker
-from snrweights.weightings.base import get_weighting
+from snrweights.weightings.base import get_weighting, needed_by
 from snrweights.weightings.bound import WeightCurve
 
 # file -> what a report has from it
@@ -152,7 +152,9 @@ def _read_run(folder: Path, name: str) -> Run:
             raise ValueError(f"{os.fspath(folder / file)!r} is damaged: {error}") from None
 
     sections: dict[str, Any] = read("config.yaml", _config, {})
-    curve, no_curve = _curve(sections) if sections else (None, "there is no config.yaml")
+    floor = folder / "optimal_loss.safetensors"
+    optimal = read(floor.name, OptimalLossCurve.load, None) if floor.is_file() else None
+    curve, no_curve = _curve(sections, optimal) if sections else (None, "there is no config.yaml")
     return Run(
         name=name,
         missing=missing,
@@ -163,7 +165,7 @@ def _read_run(folder: Path, name: str) -> Run:
         tracker=_tracker(folder),
         curve=curve,
         no_curve=no_curve,
-        optimal=OptimalLossCurve.load(floor) if (floor := folder / "optimal_loss.safetensors").is_file() else None,
+        optimal=optimal,
     )
 
 
@@ -249,7 +251,7 @@ def _picture(path: Path) -> Picture:
     return Picture(data, width, height)
 
 
-def _curve(sections: dict[str, Any]) -> tuple[WeightCurve | None, str]:
+def _curve(sections: dict[str, Any], optimal: OptimalLossCurve | None) -> tuple[WeightCurve | None, str]:
     """Return the weight that was trained with, or None and the reason: methods of one's own are not known here."""
     try:
         from snrweights.integrations.processes import PROCESSES
@@ -258,7 +260,10 @@ def _curve(sections: dict[str, Any]) -> tuple[WeightCurve | None, str]:
     try:
         options, weight = sections["process"], sections["weight"]
         process = PROCESSES[options["process"]](SimpleNamespace(**options))
-        weighting = get_weighting(weight["method"], **parse_settings(weight["set"]))
+        settings: dict[str, Any] = dict(parse_settings(weight["set"]))
+        if "curve" in needed_by(weight["method"]):
+            settings.setdefault("curve", optimal)
+        weighting = get_weighting(weight["method"], **settings)
         curve = weighting.over_log_snr(
             process.schedule,
             prediction_type=process.prediction_type,

@@ -31,7 +31,7 @@ FLOORS = [
     {"findings"},
     {"doctor"},
     {"report", "plots", "runs", "charts"},
-    {"run_charts", "gap_plots"},
+    {"run_charts", "gap_plots", "optimal_plots"},
     {"page"},
     {"cli"},
     {""},  # the package's own __init__

@@ -275,6 +275,16 @@ def list_weightings() -> list[str]:
     return list(_REGISTRY)
 
 
+def needed_by(name: str) -> tuple[str, ...]:
+    """Return the hyperparameters that a weighting has no default for; none for an unknown name.
+
+    Example:
+        >>> needed_by("min_snr"), needed_by("optimal_loss")
+        ((), ('curve',))
+    """
+    return _REGISTRY[name].needs if name in _REGISTRY else ()
+
+
 def get_weighting(method: str | Weighting | Callable[[Tensor], Tensor], **hp: Any) -> Weighting:
     """Return a weighting from its name and hyperparameters, from itself, or from a function w_eps(log_snr).
 
