@@ -26,6 +26,7 @@ Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _RANK = 64
 _ENOUGH = 30  # draws
+_SAME = ("data", "points", "groups", "flips")
 _FALSE_ALARMS = 1e-3  # over all levels of a model
 _CHECKS = (
     "the data: the set and the split that the model was trained on",
@@ -56,7 +57,7 @@ class ModelGap:
         unexplained_stderr: its standard error.
         dim: numbers of a point.
         sigma_data: for ``edm``, or None.
-        same_data: whether curve and data have the same fingerprint.
+        same_data: whether the curve is of these data, by their fingerprint, labels and flips.
     """
 
     name: str
@@ -127,7 +128,7 @@ class ModelGap:
                 where = f"{int(flags.sum())} of {len(flags)} levels, log-SNR {low:.1f} to {high:.1f}"
                 found.append(f"The loss of {self.name} is {what}, at {where}.")
         if found:
-            known = "" if self.same_data else " The curve is of other data than these (its fingerprint says so)."
+            known = "" if self.same_data else " The curve is of other data than these, as its file says."
             found.append(f"Something does not match.{known} Check " + "; ".join(_CHECKS) + ".")
         return found
 
@@ -273,7 +274,7 @@ def diagnose(
         unexplained_stderr=rest_stderr.maximum(unseen),
         dim=reference.dim,
         sigma_data=sigma_data,
-        same_data=curve.made.get("data") == reference.provenance()["data"],
+        same_data=all(curve.made.get(key) == value for key, value in reference.provenance().items() if key in _SAME),
     )
 
 
