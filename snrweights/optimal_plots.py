@@ -65,8 +65,9 @@ def plot_optimal_loss(curves: Mapping[str, OptimalLossCurve]) -> Figure:
     _finish(right, "optimal loss of epsilon", "squared error, summed over dimensions")
     for ax in (left, right):
         ax.set_xlim(right=max(ends) + 1)
-        ax.legend(frameon=False, fontsize=8)
-    right.set_ylim(bottom=0)
+    left.legend(frameon=False, fontsize=8)
+    right.set_ylim(0, 1.25 * right.get_ylim()[1])  # room for the legend
+    right.legend(frameon=False, fontsize=8, loc="upper left")
     return figure
 
 

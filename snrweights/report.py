@@ -8,7 +8,8 @@ _HEAD = ("method", "formula", "hyperparameters", "source")
 
 
 def _row(cls: type[Weighting]) -> tuple[str, str, str, str]:
-    hyperparameters = ", ".join(f"{name}={default}" for name, default in cls.hyperparameters().items())
+    defaults = cls.hyperparameters().items()
+    hyperparameters = ", ".join(name if name in cls.needs else f"{name}={default}" for name, default in defaults)
     return cls.name, cls.formula, hyperparameters, cls.source
 
 
