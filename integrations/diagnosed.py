@@ -74,7 +74,9 @@ def _data(
             channels=model.unet.config.in_channels,
             labels=arguments.labels,
         )
-        data = TrainingImages(torch.stack([*images]), labels, arguments.flips, 0.0, arguments.seed)
+        data = TrainingImages(
+            torch.stack([images[i] for i in range(len(images))]), labels, arguments.flips, 0.0, arguments.seed
+        )
     if model.conditional != (data.labels is not None):
         told = "is told a class: name its column with `--labels`" if model.conditional else "is told no class"
         raise ValueError(f"{model.name} {told}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import UNet2DModel
@@ -70,7 +70,7 @@ class TrainedModel:
         level = log_snr.to(torch.float64)
         network: nn.Module = self.unet
         if isinstance(self.schedule, EDMSchedule):
-            network, t = EDMPreconditioned(self.unet, self.schedule.sigma_data), torch.exp(-level / 2)
+            network, t = EDMPreconditioned(self.unet, cast("float", self.schedule.sigma_data)), torch.exp(-level / 2)
         elif isinstance(self.schedule, DiscreteSchedule):
             t = self._nearest(level)
         else:

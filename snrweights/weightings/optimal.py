@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -79,11 +79,16 @@ class OptimalLoss(Weighting):
 
     def log_weight(self, log_snr: Tensor) -> Tensor:
         """Return the logarithm of the sum."""
-        per_dimension = self.curve.log_value(log_snr) - math.log(self.curve.made["dim"])
-        first = math.log(self.scale) - per_dimension.clamp_min(-math.log(self.w_max))
+        curve, scale, star = (
+            cast("OptimalLossCurve", self.curve),
+            cast("float", self.scale),
+            cast("float", self.sigma_star),
+        )
+        per_dimension = curve.log_value(log_snr) - math.log(curve.made["dim"])
+        first = math.log(scale) - per_dimension.clamp_min(-math.log(self.w_max))
         log_sigma = log_snr / -2
         second = -((log_sigma - self.mu) ** 2) / (2 * self.var) - math.log(2 * math.pi * self.var) / 2
-        return torch.logaddexp(first, torch.where(log_sigma < math.log(self.sigma_star), second, -math.inf))
+        return torch.logaddexp(first, torch.where(log_sigma < math.log(star), second, -math.inf))
 
 
 def _sigma_star(curve: OptimalLossCurve) -> float:
