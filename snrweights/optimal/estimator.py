@@ -77,7 +77,8 @@ def optimal_loss(
         seed: of sources and noise.
         labels: (N,) integers: the denoiser knows the label, so that only points of the same label are confused. Of a
             ``datasets`` data set or a path also the name of a column.
-        flips: the data are augmented by mirror images, data (N, C, H, W).
+        flips: the data are augmented by mirror images, data (N, C, H, W). Of any other finite augmentation put every
+            copy into the data.
         device: where to compute.
         small_noise: for levels at which few draws are confused. ``importance``: mid-point importance sampling, below
             100 and half the draws, always below 30. ``bound``: below 30, the upper bound (1/4N) Σ d e^{-d/8s²} over

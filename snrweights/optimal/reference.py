@@ -177,4 +177,5 @@ class ReferenceSet:
             "variance": self.variance,
             "groups": len(self.groups),
             "flips": self.flips,
+            "scale": "u / 127.5 - 1" if self._data.dtype == torch.uint8 else "as given",
         }
