@@ -51,7 +51,8 @@ class TrainedModel:
         """
         reached = self.schedule.log_snr(self.schedule.grid()).double()
         reached = reached[reached.isfinite()]
-        levels = torch.linspace(max(low, float(reached.min())), min(high, float(reached.max())), count).double()
+        ends = max(low, float(reached.min())), min(high, float(reached.max()))
+        levels = torch.linspace(*ends, count, dtype=torch.float64)
         if isinstance(self.schedule, DiscreteSchedule):
             levels = self.schedule.log_snr_table[self._nearest(levels)]
         if len(levels.unique()) < 2:

@@ -11,6 +11,8 @@ from snrweights.plots import _COLOURS, _STYLES, _figure, _finish
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_DECADES = 1e-6  # of the largest loss: less is not drawn
+
 
 def plot_gaps(models: Sequence[ModelGap], unit: str = "epsilon") -> Figure:
     """Draw the losses of models with the optimal loss, and their gaps, over log-SNR; bars are 2 standard errors.
@@ -50,8 +52,10 @@ def plot_gaps(models: Sequence[ModelGap], unit: str = "epsilon") -> Figure:
             left.scatter(at[below], (model.loss * ratio)[below], label=f"{model.name}: below the optimum", **marks)
     _finish(left, f"loss, as an error of {unit}", "mean squared error")
     _finish(right, "gap to the optimum", "")
+    largest = max(float((model.loss * model.ratio(unit)).max()) for model in models)
     for ax in (left, right):
-        ax.set_ylim(bottom=0)
+        ax.set_yscale("log")
+        ax.set_ylim(_DECADES * largest, 2 * largest)
         ax.legend(frameon=False, fontsize=8)
     return figure
 
