@@ -14,21 +14,11 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from test_optimal_oracles import DIGITS
 
 from snrweights.cli import main
 from snrweights.optimal import OptimalLossCurve, optimal_loss
 from snrweights.seeds import generator
-
-# J of digits / 8 - 1, and the standard error of the table relative to it
-DIGITS = {
-    0.1: (1.7767e-07, 0.0015),
-    0.3: (7.947e-03, 0.0018),
-    0.5: (0.3222, 0.0022),
-    1.0: (4.7960, 0.00057),
-    2.0: (13.0656, 0.00013),
-    4.0: (17.1583, 0.00006),
-    10.0: (18.50692, 0.00001),
-}
 
 
 def run(capsys, *arguments):
