@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from snrweights import DiscreteSchedule, ImportanceSampler
 
 SCHEDULE = DiscreteSchedule.from_name("linear", 20)
-RULES = ("gradient", "variance", "loss_second_moment")
+RULES = ("gradient", "variance", "loss_second_moment", "gap")
 GLOBAL_BATCH, STEPS, RESUMED = 40, 60, 30
 
 
@@ -26,11 +26,17 @@ def losses(t):
     return torch.exp(-t.double() / 6) * (1 + 0.5 * torch.sin(t.double() ** 2))
 
 
+def floor(log_snr):
+    """An optimal loss below them."""
+    return 0.3 * torch.sigmoid(log_snr.double() - 4)
+
+
 def make(rule, rank, world_size, reduce):
     """Return the sampler of a process."""
     options = {"rank": rank, "world_size": world_size, "seed": 2, "refresh_every": 5, "warm_up": 2}
     bins = None if rule == "loss_second_moment" else 6  # several timesteps in each, or no loss would vary
-    return ImportanceSampler(SCHEDULE, rule, bins=bins, reduce=reduce, **options)
+    optimum = floor if rule == "gap" else None
+    return ImportanceSampler(SCHEDULE, rule, bins=bins, reduce=reduce, optimum=optimum, **options)
 
 
 def train(sampler, steps, world_size):

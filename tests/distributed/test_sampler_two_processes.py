@@ -45,7 +45,7 @@ def test_a_resumed_run_draws_bit_equal(rule, both):
         assert torch.equal(result[f"{rule}.drawn"], result[f"{rule}.resumed"])
 
 
-@pytest.mark.parametrize("rule", ["gradient", "variance"])  # a history is of each process's own last losses
+@pytest.mark.parametrize("rule", ["gradient", "variance", "gap"])  # a history is of each process's own last losses
 def test_they_draw_what_one_process_draws(rule, both, one):
     together = torch.cat((both[0][f"{rule}.drawn"], both[1][f"{rule}.drawn"]), 1)
     assert torch.equal(together, one[f"{rule}.drawn"])
