@@ -54,6 +54,8 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
     """Read and measure all models; return what writes the results and gives the exit code, 1 with a warning."""
     from snrweights.integrations.diagnosed import diagnosed
 
+    if arguments.levels < 2:
+        raise ValueError(f"`--levels` must be at least 2, got {arguments.levels}.")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     paths = [Path(model).expanduser().resolve() for model in arguments.models]
     found = [diagnosed(path, name, arguments, device) for path, name in zip(paths, names(paths), strict=True)]

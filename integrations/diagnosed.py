@@ -11,7 +11,7 @@ import torch
 import yaml
 from snrweights.integrations.data import ImageTensors, load_images, split
 from snrweights.integrations.floor import FILE, TrainingImages, training_images
-from snrweights.integrations.reference_data import load_reference
+from snrweights.integrations.reference_data import is_file_of_points, load_reference
 from snrweights.integrations.trained import TrainedModel, load_trained
 from torch import Tensor
 
@@ -34,6 +34,8 @@ def diagnosed(path: Path, name: str, arguments: argparse.Namespace, device: str)
     is_run = (path / _CONFIG).is_file()
     options = {"scheduler": arguments.scheduler, "prediction_type": arguments.prediction_type, "device": device}
     model = load_trained(path / "model" if is_run else path, name, **options)
+    if arguments.unit == "edm" and model.schedule.sigma_data is None:
+        raise ValueError(f"`--unit edm` needs a sigma_data, which {name} has none of; choose another unit.")
     data, classes = _data(path, model, arguments, is_run)
     levels = model.levels(arguments.levels, *arguments.log_snr)
     curve = _curve(path, data, levels, arguments, device)
@@ -65,21 +67,30 @@ def _data(
             raise ValueError(f"`--data` must be given: {str(path)!r} has no {_CONFIG} of a run that says what it saw.")
         data = _data_of_run(path)
     else:
-        size = model.unet.config.sample_size
+        size, channels = model.unet.config.sample_size, model.unet.config.in_channels
+        fit: dict[str, Any] = {"resolution": size if isinstance(size, int) else None, "channels": channels}
         images, labels = load_reference(
             arguments.data,
             split=arguments.split,
             column=arguments.column,
-            resolution=size if isinstance(size, int) else None,
-            channels=model.unet.config.in_channels,
             labels=arguments.labels,
+            **({} if is_file_of_points(arguments.data) else fit),
         )
+        if len(images[0]) != channels:
+            raise ValueError(
+                f"`--data` {arguments.data!r} has {len(images[0])} channels; {model.name} takes {channels}."
+            )
         data = TrainingImages(
             torch.stack([images[i] for i in range(len(images))]), labels, arguments.flips, 0.0, arguments.seed
         )
     if model.conditional != (data.labels is not None):
         told = "is told a class: name its column with `--labels`" if model.conditional else "is told no class"
         raise ValueError(f"{model.name} {told}.")
+    if data.labels is not None:
+        classes = model.unet.config.num_class_embeds
+        if not bool(((data.labels >= 0) & (data.labels < classes)).all()):
+            found = f"{int(data.labels.min())} to {int(data.labels.max())}"
+            raise ValueError(f"`--labels` {arguments.labels!r} holds {found}; {model.name} knows 0 to {classes - 1}.")
     return data, data.labels
 
 

@@ -60,6 +60,16 @@ class ImageBytes(torch.utils.data.Dataset[Tensor]):
         return self._images.pixels(index)[0]
 
 
+def is_file_of_points(source: str) -> bool:
+    """Whether a source is a file of latents, or of images as they are, and not a set of images to decode.
+
+    Example:
+        >>> is_file_of_points("latents.npy"), is_file_of_points("digits")
+        (True, False)
+    """
+    return Path(source).suffix in _LATENTS
+
+
 def load_reference(
     source: str | os.PathLike[str] | datasets.Dataset,
     *,
@@ -97,7 +107,8 @@ def load_reference(
         (1797, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
     """
     if isinstance(source, (str, os.PathLike)) and Path(source).suffix in _LATENTS:
-        for given, value in {"name": name, "resolution": resolution, "channels": channels}.items():
+        given_to = {"name": name, "resolution": resolution, "channels": channels}
+        for given, value in {**given_to, "split": None if split == "train" else split}.items():
             if value is not None:
                 raise ValueError(f"`{given}` {value!r} is for images; {os.fspath(source)!r} is a file of latents.")
         return _LATENTS[Path(source).suffix](Path(source).expanduser(), column, labels)
@@ -122,7 +133,9 @@ def _labels(data: datasets.Dataset, column: str) -> Tensor:
     values = np.asarray(data[column][:])
     if values.ndim != 1 or values.dtype.kind not in "biuU":
         raise ValueError(f"`labels` {column!r} holds neither integers nor text.")
-    return torch.from_numpy(np.unique(values, return_inverse=True)[1].astype(np.int64))
+    if values.dtype.kind == "U":  # integers stay what a model is told
+        values = np.unique(values, return_inverse=True)[1]
+    return torch.from_numpy(values.astype(np.int64))
 
 
 def _from_npy(path: Path, column: str | None, labels: str | None) -> tuple[Tensor, Tensor | None]:

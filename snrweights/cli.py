@@ -149,6 +149,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         rest = arguments.run(arguments)
+    except KeyboardInterrupt:
+        print(f"\nsnrweights {arguments.command}: interrupted", file=sys.stderr)
+        return 130
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         print(f"snrweights {arguments.command}: {error}", file=sys.stderr)
         return 2

@@ -26,6 +26,7 @@ Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _RANK = 64
 _ENOUGH = 30  # draws
+_SLACK = 1e-6  # of float32
 _SAME = ("data", "points", "groups", "flips")
 _FALSE_ALARMS = 1e-3  # over all levels of a model
 _CHECKS = (
@@ -33,6 +34,7 @@ _CHECKS = (
     "their scale: [-1, 1] here, unless they are floating point",
     "augmentation: mirror images need flips, in the curve too",
     "labels: a model that is told the class needs the conditional optimum",
+    "the curve: enough levels between which to interpolate",
     "the model's prediction type, schedule and sigma_data",
 )
 
@@ -50,7 +52,7 @@ class ModelGap:
         loss: of the model.
         loss_stderr: its standard error.
         optimum: the curve there.
-        optimum_stderr: its standard error.
+        optimum_stderr: its standard error, with what interpolation between its levels may be off.
         gap: mean squared distance of the model from the ideal denoiser.
         gap_stderr: its standard error.
         unexplained: loss - gap - optimum: 0 but for its error where all belong together.
@@ -91,7 +93,7 @@ class ModelGap:
     def _tolerance(self, stderr: Tensor) -> Tensor:
         rounding = 1e-5 * self.optimum  # of a model in single precision
         z = NormalDist().inv_cdf(1 - _FALSE_ALARMS / (2 * len(self.log_snr)))
-        return z * (stderr**2 + self.optimum_stderr**2).sqrt() + rounding
+        return z * torch.hypot(stderr, self.optimum_stderr) + rounding  # squares would vanish where J nearly does
 
     def nats(self) -> tuple[float, float]:
         """Return ½ ∫ gap_eps d log_snr, summed over dimensions, and its standard error: what the whole gap costs.
@@ -104,7 +106,7 @@ class ModelGap:
     def share(self) -> Tensor:
         """Return the share of each level (L,) in that integral."""
         part = self._steps() * self.ratio("epsilon") * self.gap
-        return part / part.sum()
+        return part / part.sum().clamp_min(torch.finfo(part.dtype).tiny)
 
     def middle(self, part: float = 0.8) -> tuple[float, float]:
         """Return the log-SNRs between which the middle ``part`` of the gap lies."""
@@ -225,7 +227,12 @@ def diagnose(
     """
     if draws < 32:
         raise ValueError(f"`draws` must be at least 32, got {draws}.")
-    levels = torch.as_tensor(log_snr, dtype=torch.float64).sort().values
+    levels = torch.as_tensor(log_snr, dtype=torch.float64).unique()
+    if levels.ndim != 1 or len(levels) < 2 or not bool(levels.isfinite().all()):
+        raise ValueError(f"`log_snr` must be at least two different, finite noise levels, got {log_snr}.")
+    low, high = (-2 * curve.sigmas[[-1, 0]].log()).tolist()
+    if not low - _SLACK <= float(levels[0]) < float(levels[-1]) <= high + _SLACK:
+        raise ValueError(f"`log_snr` must lie within {low:.2f} to {high:.2f}, where the curve is, got {log_snr}.")
     sigmas = (-levels / 2).exp()
     optimum = curve.at(sigmas, reduction="mean")
     reference = ReferenceSet(data, labels, flips, device, chunk)
@@ -267,7 +274,7 @@ def diagnose(
         loss=losses,
         loss_stderr=loss_stderr.maximum(unseen),
         optimum=optimum,
-        optimum_stderr=curve.stderr_at(sigmas) / reference.dim,
+        optimum_stderr=torch.hypot(curve.stderr_at(sigmas), curve.interpolation_error_at(sigmas)) / reference.dim,
         gap=gaps,
         gap_stderr=gap_stderr,
         unexplained=rest - optimum,

@@ -93,6 +93,25 @@ def test_bytes_flips_and_labels():
     assert (told.gap < 1e-9).all()  # of single precision
 
 
+@pytest.mark.parametrize("labels", [None, torch.arange(80) % 4])
+def test_images_far_from_each_other_raise_no_alarm_where_nothing_is_confused(labels):
+    data = torch.randint(0, 256, (80, 3, 8, 8), generator=torch.Generator().manual_seed(2)).byte()
+    levels = torch.linspace(-8, 8, 9)
+    curve = optimal_loss(data, (-levels / 2).exp(), draws=1024, labels=labels)
+    assert curve.value[0] < 1e-170 * curve.value[-1]  # its square is nothing
+    found = diagnose(lambda x, log_snr, index: x / 2, data, levels, curve, labels=labels)
+    assert found.warnings() == []
+
+
+def test_a_coarse_curve_raises_no_alarm():
+    coarse = optimal_loss(IMAGES, torch.logspace(-2, 2, 20), draws=8192)
+    levels = torch.linspace(-6, 6, 25)
+    fine = optimal_loss(IMAGES, (-levels / 2).exp(), draws=8192)
+    off = (coarse.at((-levels / 2).exp()) / fine.at((-levels / 2).exp()) - 1).abs()
+    assert off.max() > 0.003
+    assert diagnose(ideal_of(IMAGES), IMAGES, levels, coarse, draws=512).warnings() == []
+
+
 @pytest.mark.parametrize(
     ("denoise", "data", "curve"),
     [
@@ -170,7 +189,9 @@ def test_the_table_and_the_json_say_the_same():
     ("options", "message"),
     [
         ({"draws": 31}, "`draws` must be at least 32, got 31"),
-        ({"log_snr": torch.tensor([-9.0, 0.0])}, "`sigmas` must lie in"),
+        ({"log_snr": torch.tensor([-9.0, 0.0])}, "`log_snr` must lie within -4.00 to 4.00, where the curve is"),
+        ({"log_snr": torch.tensor([1.0, 1.0])}, "`log_snr` must be at least two different, finite noise levels"),
+        ({"log_snr": torch.tensor([1.0, math.nan])}, "`log_snr` must be at least two different, finite noise levels"),
         ({"denoise": lambda x, log_snr, index: x[:, :, :1]}, r"must return the shape of x, \(256, 1, 2, 2\), got"),
         ({"denoise": lambda x, log_snr, index: x / 0}, "not finite at log-SNR -4.00"),
     ],

@@ -3,11 +3,14 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
+from snrweights.integrations.data import load_images
 from snrweights.integrations.processes import PROCESSES
+from snrweights.integrations.reference_data import load_reference
 from snrweights.integrations.trained import load_trained
 from training import TINY, main
 
@@ -53,8 +56,8 @@ def _options():
 
 def test_a_model_told_to_be_of_fewer_data_is_found_out(runs, tmp_path, capsys):
     curve, out = str(tmp_path / "curve.safetensors"), str(tmp_path / "out")
-    assert cli(["optimal-loss", "digits", "--sigmas", "0.1", "1", "10", "40", "-o", curve]) == 0
-    options = ["--data", "digits", "--curve", curve, "--flips", "-o", out]
+    assert cli(["optimal-loss", "digits", "--sigmas", "30", "--sigma-min", "0.1", "-o", curve]) == 0
+    options = ["--data", "digits", "--curve", curve, "--flips", "--draws", "256", "-o", out]
     assert cli(["diagnose", str(runs / "digits-edm"), *QUICK, *options]) == 1
     assert "Something does not match. The curve is of other data" in capsys.readouterr().out
 
@@ -116,6 +119,8 @@ def test_flow_and_edm_models_denoise_as_in_training(tmp_path):
         (["{run}/model/unet", "--data", "digits", "--scheduler", "linear"], "`prediction_type` of unet must be given"),
         (["{run}", "--data", "digits", "--labels", "label"], "is told no class"),
         (["{run}", "--curve", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["{run}", "--unit", "edm"], "`--unit edm` needs a sigma_data, which digits has none of"),
+        (["{run}", "--levels", "1"], "`--levels` must be at least 2, got 1"),
         (["{run}", "--log-snr", "20", "30"], "has not two noise levels at log-SNR 20.0 to 30.0: its schedule reaches"),
     ],
 )
@@ -125,6 +130,54 @@ def test_what_it_cannot_diagnose_is_named(runs, tmp_path, arguments, message, ca
     filled = [word.format(**places) for word in arguments]
     assert cli(["diagnose", *filled, "--draws", "32", "-o", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_images_in_a_file_are_taken_as_they_are(runs, tmp_path, capsys):
+    pixels = torch.stack(list(load_reference("digits")[0]))
+    np.save(tmp_path / "digits.npy", pixels.numpy())
+    for source in ("digits", str(tmp_path / "digits.npy")):
+        options = ["--data", source, "-o", str(tmp_path / "out")]
+        assert cli(["diagnose", str(runs / "digits-edm"), *QUICK, *options]) == 0
+    first, second = capsys.readouterr().out.split("Wrote")[:2]
+    assert first.strip() == second.split("/\n", 1)[1].strip()
+    np.save(tmp_path / "colour.npy", pixels.expand(-1, 3, -1, -1).numpy())
+    assert cli(["diagnose", str(runs / "digits-edm"), "--data", str(tmp_path / "colour.npy")]) == 2
+    assert "has 3 channels; digits-edm takes 1" in capsys.readouterr().err
+
+
+def test_a_model_is_told_the_classes_as_they_are(tmp_path, monkeypatch, capsys):
+    rows = load_images("digits").filter(lambda row: row["label"] in (2, 5, 7))
+    rows.save_to_disk(str(tmp_path / "some"))
+    unet = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(32,),
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), num_class_embeds=10,
+    )  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "model")
+    told, forward = set(), UNet2DModel.forward
+
+    def listen(self, *args, class_labels, **kwargs):
+        told.update(class_labels.tolist())
+        return forward(self, *args, class_labels=class_labels, **kwargs)
+
+    monkeypatch.setattr(UNet2DModel, "forward", listen)
+    data = ["--data", str(tmp_path / "some"), "-o", str(tmp_path / "out")]
+    assert cli(["diagnose", str(tmp_path / "model"), *QUICK, *data, "--labels", "label"]) == 0, capsys.readouterr().out
+    assert told == {2, 5, 7}
+    unet.register_to_config(num_class_embeds=7)
+    monkeypatch.undo()
+    small = UNet2DModel.from_config({**unet.config, "num_class_embeds": 7})
+    DDPMPipeline(small, DDPMScheduler()).save_pretrained(tmp_path / "small")
+    assert cli(["diagnose", str(tmp_path / "small"), *QUICK, *data, "--labels", "label"]) == 2
+    assert "`--labels` 'label' holds 2 to 7; small knows 0 to 6" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("snrweights.integrations.diagnosed.load_trained", interrupted)
+    assert cli(["diagnose", "/"]) == 130
+    assert "snrweights diagnose: interrupted" in capsys.readouterr().err
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path, capsys):

@@ -89,6 +89,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(whole, tmp_path):
         ({"seed": 1}, "seed"),
         ({"draws": 65}, "draws"),
         ({"chunk": 9}, "chunk"),
+        ({"small_noise": "bound"}, "small_noise"),
         ({"labels": None}, "data"),
         ({"world": 2, "reduce": lambda x: x}, "world"),
     ],

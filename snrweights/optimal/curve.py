@@ -159,6 +159,28 @@ class OptimalLossCurve:
         between = np.interp(at.log().numpy(), self.sigmas.log().numpy(), relative.numpy())
         return self.at(at) * torch.from_numpy(np.asarray(between))
 
+    def interpolation_error_at(self, sigmas: Tensor) -> Tensor:
+        """Return about how far interpolation is off at ``sigmas``, any shape, float64; 0 of fewer than four levels.
+
+        It is how far interpolation between every second level is from it: too much where J bends little, and too
+        little between the first levels, where ln J bends most.
+
+        Example:
+            >>> levels = torch.logspace(-1, 1, 9, dtype=torch.float64)
+            >>> curve = OptimalLossCurve(levels, levels**2, 0 * levels, ("pairs",) * 9, levels)
+            >>> bool(curve.interpolation_error_at(torch.tensor([0.5])) < 1e-15)  # a power is met exactly
+            True
+        """
+        at = torch.as_tensor(sigmas, dtype=torch.float64).cpu()
+        whole = self._cubic(at.device)
+        if len(whole.x) < 4:
+            return torch.zeros_like(at)
+        some = torch.arange(len(whole.x) - 1, -1, -2).flip(0)
+        some = some if some[0] == 0 else torch.cat([torch.tensor([0]), some])
+        half = MonotoneCubic(whole.x[some], whole.y[some])
+        log_sigma = at.log().clamp(whole.x[0], whole.x[-1])
+        return self.at(at) * torch.expm1((half(log_sigma) - whole(log_sigma)).abs())
+
     def bin_means(
         self,
         edges: Tensor,
@@ -230,6 +252,10 @@ class OptimalLossCurve:
             tensor = getattr(self, name)
             if tensor.shape != (len(self.how),) or not bool((tensor.isfinite() & (tensor >= 0)).all()):
                 raise ValueError(f"`{name}` is not of {len(self.how)} finite, non-negative numbers")
+        for name in ("dim", "variance"):
+            value = self.made.get(name)
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValueError(f"`made` has {name} {value!r}, not a positive number")
         if not bool((self.sigmas.diff() > 0).all()) or not bool((self.sigmas > 0).all()):
             raise ValueError("`sigmas` do not increase")
         if unknown := set(self.how) - set(HOW):

@@ -97,7 +97,8 @@ def optimal_loss(
         FileNotFoundError: no data at the path.
         TypeError: data that are neither floating nor uint8, or no data.
         ValueError: sigmas that are not positive, fewer than 8 draws, a wrong shape; unknown ``small_noise``; a
-            ``state`` of other data, levels, draws, seed, processes or version; several processes without ``reduce``.
+            ``state`` of other data, levels, draws, seed, small_noise, processes or version; several processes without
+            ``reduce``.
 
     Source: Xu et al. 2025, arXiv 2506.13763, for the quantity; the estimator is this project's.
 
@@ -110,6 +111,8 @@ def optimal_loss(
     levels = torch.as_tensor(sigmas, dtype=torch.float64).sort().values
     if levels.ndim != 1 or not len(levels) or not bool(((levels > 0) & levels.isfinite()).all()):
         raise ValueError(f"`sigmas` must be positive noise levels (L,), got {sigmas}.")
+    if bool((levels.diff() == 0).any()):
+        raise ValueError(f"`sigmas` must be different noise levels, got {sigmas}.")
     if draws < 8:
         raise ValueError(f"`draws` must be at least 8, got {draws}.")
     if chunk < 1:
@@ -126,7 +129,8 @@ def optimal_loss(
     reference = ReferenceSet(tensor, None if labels is None else torch.as_tensor(labels), flips, device, chunk)
     made = {**reference.provenance(), "draws": draws, "seed": seed, "version": __version__}
     exact = {name: value for name, value in made.items() if name != "variance"}  # which follows from the data
-    work = Work(folder, {**exact, "chunk": chunk, "sigmas": levels.tolist()}, rank, world, reduce, report)
+    asked = {"chunk": chunk, "sigmas": levels.tolist(), "small_noise": small_noise}
+    work = Work(folder, {**exact, **asked}, rank, world, reduce, report)
 
     stream = generator(seed, 0)
     positions = torch.randint(reference.size, (draws,), generator=stream).sort().values

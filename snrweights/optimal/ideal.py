@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from snrweights.optimal.pairs import Draws, draws_of
+from snrweights.optimal.pairs import Draws, draws_of, full_precision
 from snrweights.optimal.reference import ReferenceSet
 
 _NEGLIGIBLE = 1e-12  # of the posterior
@@ -42,5 +42,6 @@ def ideal_offsets(reference: ReferenceSet, positions: Tensor, noise: Tensor, inv
                 logits = (1 - 2 * sign) * here * e - here**2 / 2 * d
                 share = torch.exp(logits - kernels[sign, level, member].log()[:, None])
                 if bool((share > _NEGLIGIBLE).any()):
-                    found[sign, level, member] += share.to(rows) @ rows
+                    with full_precision():
+                        found[sign, level, member] += share.to(rows) @ rows
     return found - reference.rows(positions).to(noise)

@@ -63,7 +63,7 @@ class FloatDraws:
 
     def distances(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return d (M, n), e (M, n) and the number of points at distance 0 (M,), of rows (n, D)."""
-        with _full_precision():
+        with full_precision():
             products = self.stacked @ rows.T
         inner, e = products[: len(self.sources)], products[len(self.sources) :]
         row_squares = torch.linalg.vecdot(rows, rows)
@@ -82,7 +82,7 @@ class FloatDraws:
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """Forbid tf32 and bf16 in products of float32, whatever the training script allows, and allow them again after."""
     backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     kept = [backend.fp32_precision for backend in backends]

@@ -52,6 +52,8 @@ class ReferenceSet:
             raise ValueError(f"`flips` needs `data` (N, C, H, W), got {tuple(data.shape)}.")
         if labels is not None and labels.shape != (len(data),):
             raise ValueError(f"`labels` must be ({len(data)},), one per point, got {tuple(labels.shape)}.")
+        if labels is not None and labels.is_floating_point():
+            raise TypeError(f"`labels` must be integers, got {labels.dtype}.")
         self._data, self.flips, self.device, self.chunk = data.detach(), flips, torch.device(device), chunk
         self.dtype = torch.float64 if data.dtype == torch.float64 else torch.float32
         self.size, self.dim = len(data) * (1 + flips), data[0].numel()
@@ -89,6 +91,8 @@ class ReferenceSet:
         squares = squares - 2 * (mean * sums).sum() + (count * mean.square()).sum()
         if not bool(squares.isfinite()):
             raise ValueError("`data` holds values that are not finite.")
+        if not float(squares) > 0:
+            raise ValueError("`data` holds points that are all equal: there is nothing to tell apart.")
         self._fingerprint = digest.hexdigest()
         scale = 127.5 if bytes_ else 1.0
         self.variance: float = float(squares) / len(own) / scale**2

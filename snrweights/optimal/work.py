@@ -138,6 +138,8 @@ class Work:
                     f"`state` {str(path.parent)!r} is of another computation: `{name}` is {of.get(name)} there and "
                     f"{value} here. Name another folder, or delete it."
                 )
+        if [part.shape for part in found] != [part.shape for part in sums]:
+            raise ValueError(f"`state` {str(path.parent)!r} holds sums of other shapes. Delete it.")
         for part, other in zip(sums, found, strict=True):
             part.copy_(other)
         return done
