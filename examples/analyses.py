@@ -12,7 +12,7 @@ import numpy as np
 import study_figures as figures
 from matplotlib.figure import Figure
 from studies import Study
-from study_claims import distances, fewer_steps, groups, lower, select
+from study_claims import PROFILES, distances, fewer_steps, groups, laws, lower, select
 from study_records import Record
 from study_statistics import (
     Bounds,
@@ -20,7 +20,9 @@ from study_statistics import (
     estimate,
     holm,
     mean_and_std,
+    power_law,
     steps_to,
+    t_interval,
     welch,
 )
 
@@ -119,9 +121,8 @@ def course(
         for metric in metrics
         if all(f"{metric}_real_vs_real" in record.results for record in records)
     }
-    name = "-".join(("course", *by))
     text = "Lines are means over seeds, bands their range.\n"
-    return Section("Over steps", text, figures={name: figures.curves(panels, thresholds or {}, floors)})
+    return Section("Over steps", text, figures={"course": figures.curves(panels, thresholds or {}, floors)})
 
 
 @analysis
@@ -324,6 +325,43 @@ def variance_maps(study: Study, records: list[Record], compare: str) -> Section:
     text = "Of the loss of epsilon before any weight, of all that was seen until then; means over seeds.\n"
     figure = figures.heat_maps(maps, "variance of the loss")
     return Section("Variance by noise level", text, figures={"variance": figure})
+
+
+@analysis
+def scaling(
+    study: Study,
+    records: list[Record],
+    axis: str,
+    sizes: Mapping[str, float],
+    window: Sequence[float],
+    unit: str,
+) -> Section:
+    """Power laws of the training loss in the model's size: of the raw loss, and of what is above the optimal one."""
+    found = laws(records, axis, sizes, window)
+    rows = [
+        {"seed": seed, "loss": name, "values": values, "exponent": law.exponent, "r_squared": law.r_squared}
+        for seed, both in found.items()
+        for name, (values, law) in both.items()
+    ]
+    lines, panels = [], {}
+    for name in PROFILES:
+        of_seeds = [both[name] for both in found.values()]
+        if not of_seeds:
+            continue
+        columns = [[getattr(law, field) for _, law in of_seeds] for field in ("exponent", "r_squared")]
+        low, high = t_interval(columns[0])
+        cells = [with_spread(column) for column in columns]
+        lines.append([name, str(len(of_seeds)), cells[0], f"{number(low)} to {number(high)}", cells[1]])
+        everything = [
+            (size, value) for values, _ in of_seeds for size, value in zip(sizes.values(), values, strict=True)
+        ]
+        together = power_law(*zip(*everything, strict=True))
+        grid = np.geomspace(min(sizes.values()), max(sizes.values()), 50)
+        panels[name] = (everything, [(size, together.at(size)) for size in grid])
+    text = markdown(["loss", "seeds", "exponent", "95 %, Student", "R²"], lines) + (
+        f"\nOf epsilon, mean over log-SNR from {window[0]:g} to {window[1]:g}; one fit for each seed, of logarithms.\n"
+    )
+    return Section(f"Loss over {unit}", text, rows, {"scaling": figures.scaling(panels, unit)} if panels else {})
 
 
 def _mean_profile(profiles: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[list[float], list[float]]:

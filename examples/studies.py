@@ -49,11 +49,14 @@ class Collect:
     Attributes:
         series: scalars of metrics.jsonl, with their steps.
         profiles: lists of metrics.jsonl, of the last line that has them, beside that line's ``log_snr``.
+        loss_since: fraction of the steps after which the unweighted training loss of epsilon by log-SNR is kept, as the
+            profile ``loss``, with ``floor`` and ``gap`` where the run knows its optimal loss.
         variance_at: fractions of the steps at which the variance of the unweighted loss by log-SNR is kept.
     """
 
     series: list[str]
     profiles: list[str] = field(default_factory=list)
+    loss_since: float | None = None
     variance_at: list[float] = field(default_factory=list)
 
 

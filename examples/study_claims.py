@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from studies import Study, known
 from study_records import Record
-from study_statistics import EVERYTHING, Bounds, Estimate, estimate, fewer, steps_to
+from study_statistics import EVERYTHING, Bounds, Estimate, PowerLaw, estimate, fewer, power_law, steps_to
 
 SEEN, NOT_SEEN, UNDECIDED, NO_RUNS = "seen", "not seen", "not decidable at this size", "no runs yet"
 Effect = Callable[..., dict[int, Bounds]]
@@ -44,6 +44,7 @@ def groups(records: Iterable[Record], arms: Sequence[Mapping[str, str]]) -> dict
 
 
 Where = Mapping[str, str]
+PROFILES = {"raw": "loss", "subtracted": "gap"}  # of the power law
 
 
 @effect
@@ -55,6 +56,49 @@ def lower(records: Iterable[Record], one: Where, other: Where, metric: str) -> d
         share = -math.expm1(float(np.mean(logs)))
         found[seed] = (share, share)
     return found
+
+
+@effect
+def lower_profile(
+    records: Iterable[Record], one: Where, other: Where, profile: str, window: Sequence[float]
+) -> dict[int, Bounds]:
+    """By what share the mean of a profile over a window of log-SNR is lower; mean over pairs."""
+    found = {}
+    for seed, pairs in groups(records, [one, other]).items():
+        share = float(
+            np.mean([1 - mean_profile(a, profile, window) / mean_profile(b, profile, window) for a, b in pairs])
+        )
+        found[seed] = (share, share)
+    return found
+
+
+def mean_profile(record: Record, name: str, window: Sequence[float]) -> float:
+    """Return the mean of a profile over the levels in a window of log-SNR."""
+    profile = record.profiles[name]
+    pairs = zip(profile["log_snr"], profile["values"], strict=True)
+    return float(np.mean([value for log_snr, value in pairs if window[0] <= log_snr <= window[1]]))
+
+
+def laws(
+    records: Iterable[Record], axis: str, sizes: Mapping[str, float], window: Sequence[float]
+) -> dict[int, dict[str, tuple[list[float], PowerLaw]]]:
+    """Return by seed, for the raw loss and for what is left of it above the optimal one, its values and their law."""
+    found = {}
+    for seed, (group, *_) in groups(records, [{axis: level} for level in sizes]).items():
+        losses = {name: [mean_profile(record, p, window) for record in group] for name, p in PROFILES.items()}
+        found[seed] = {name: (values, power_law(list(sizes.values()), values)) for name, values in losses.items()}
+    return found
+
+
+@effect
+def straighter(
+    records: Iterable[Record], axis: str, sizes: Mapping[str, float], window: Sequence[float]
+) -> dict[int, Bounds]:
+    """By how much R² of a power law of the loss in the model's size rises when the optimal loss is subtracted."""
+    fits = {
+        seed: [law.r_squared for _, law in both.values()] for seed, both in laws(records, axis, sizes, window).items()
+    }
+    return {seed: (subtracted - raw,) * 2 for seed, (raw, subtracted) in fits.items()}
 
 
 @effect

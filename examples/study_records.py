@@ -10,11 +10,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from snrweights.integrations.files import write_text
 from studies import Collect, Run
 
 import snrweights
+from snrweights.optimal import OptimalLossCurve
+
+OPTIMAL_LOSS = "optimal_loss.safetensors"  # in the folder of a run with --optimal-loss
 
 
 class IncompleteError(Exception):
@@ -73,7 +77,7 @@ def collect(folder: Path, run: Run, wanted: Collect, **made: Any) -> Record:
         seed=run.seed,
         settings=run.settings,
         series={name: _series(lines, name, results) for name in wanted.series},
-        profiles={name: _profile(lines, name) for name in wanted.profiles},
+        profiles={name: _profile(lines, name) for name in wanted.profiles} | _losses(folder, wanted.loss_since),
         variance=_variance(folder, wanted.variance_at),
         results=scalars,
         seconds=results["training_seconds"] + sum(line.get("evaluation_seconds", 0.0) for line in lines),
@@ -103,6 +107,28 @@ def _profile(lines: list[dict[str, Any]], name: str) -> dict[str, Any]:
     if not found:
         raise IncompleteError(f"no line of metrics.jsonl has {name!r} by log_snr")
     return {"step": found[-1]["step"], "log_snr": found[-1]["log_snr"], "values": found[-1][name]}
+
+
+def _losses(folder: Path, since: float | None) -> dict[str, dict[str, Any]]:
+    """Return the loss by log-SNR after a fraction of the steps, and what of it is beyond the optimal loss."""
+    if since is None:
+        return {}
+    tracker = snrweights.LossVarianceTracker.load(folder / "tracker.safetensors")
+    statistics = tracker.since(int(since * tracker.updates))
+    edges, kept = statistics.edges, statistics.count > 1
+    columns = {"loss": statistics.mean.double()}
+    curve = folder / OPTIMAL_LOSS
+    if curve.exists():
+        optimal = OptimalLossCurve.load(curve)
+        low, high = (-2 * optimal.sigmas[[-1, 0]].log()).tolist()
+        within = (edges > low) & (edges < high)
+        covered = within[:-1] & within[1:]
+        kept &= covered
+        floor = torch.full_like(columns["loss"], torch.nan)
+        floor[covered] = optimal.bin_means(edges[within], "epsilon")
+        columns |= {"floor": floor, "gap": columns["loss"] - floor}
+    axis = {"step": tracker.updates, "log_snr": statistics.centres[kept].tolist()}
+    return {name: axis | {"values": values[kept].tolist()} for name, values in columns.items()}
 
 
 def _variance(folder: Path, fractions: list[float]) -> dict[str, dict[str, list[float]]]:

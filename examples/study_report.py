@@ -12,7 +12,7 @@ from typing import Any
 from analyses import ANALYSES, Section, markdown, number
 from snrweights.integrations.files import write_text
 from studies import Study, known
-from study_claims import Judged, judge
+from study_claims import Judged, judge, select
 from study_records import Record
 from study_statistics import Bounds
 
@@ -20,9 +20,13 @@ from snrweights.plots import save
 
 RULE = (
     "A claim is *seen* where the 95 % interval of Student's t over seeds lies within the region of its rule, *not "
-    "seen* where it lies outside, else *not decidable at this size*. Rules, thresholds, metrics and seeds were fixed in "
-    "the study's file before any run. Published numbers are those of their authors, on their data, never ours.\n"
+    "seen* where it lies outside, else *not decidable at this size*. Rules, thresholds, metrics and seeds were "
+    "fixed in the study's file before any run. Published numbers are those of their authors on their data, never "
+    "ours.\n"
 )
+
+
+DEFAULTS: dict[str, Any] = {"analysis": "", "where": {}, "title": ""}  # what every analysis in a study's file can have
 
 
 def write_report(study: Study, records: Sequence[Record], output: Path, command: str) -> None:
@@ -35,13 +39,7 @@ def write_report(study: Study, records: Sequence[Record], output: Path, command:
     names = {run.name for run in study.runs()}
     records = [record for record in records if record.run in names]
     judged = judge(study, records)
-    sections = []
-    for item in study.analyses:
-        arguments = dict(item)
-        name = arguments.pop("analysis")
-        known([name], ANALYSES, f"the analyses of {study.name!r}")
-        if records:
-            sections.append(ANALYSES[name](study, records, **arguments))
+    sections = analysed(study, records)
     for section in sections:
         for name, figure in section.figures.items():
             save(figure, output / f"{name}.png")
@@ -55,6 +53,25 @@ def write_report(study: Study, records: Sequence[Record], output: Path, command:
     }
     write_text(output / "results.json", json.dumps(finite(values), indent=1) + "\n")
     write_text(output / "README.md", page(study, judged, sections, records, command))
+
+
+def analysed(study: Study, records: Sequence[Record]) -> list[Section]:
+    """Return the sections that the study asks for, of the records ``where`` names; none where there are none.
+
+    Raises:
+        SystemExit: the study asks for an analysis that does not exist.
+    """
+    sections: list[Section] = []
+    for number_of, item in enumerate(study.analyses, 1):
+        arguments = dict(item)
+        name, where, title = (arguments.pop(key, default) for key, default in DEFAULTS.items())
+        known([name], ANALYSES, f"the analyses of {study.name!r}")
+        if found := select(records, where):
+            section = ANALYSES[name](study, found, **arguments)
+            section.title = title or section.title
+            section.figures = {f"{number_of}-{name}": figure for name, figure in section.figures.items()}
+            sections.append(section)
+    return sections
 
 
 def page(
