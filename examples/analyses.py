@@ -16,6 +16,7 @@ from study_claims import PROFILES, distances, fewer_steps, groups, laws, lower, 
 from study_records import Record
 from study_statistics import (
     Bounds,
+    Estimate,
     brown_forsythe,
     estimate,
     holm,
@@ -84,6 +85,8 @@ def percent(bounds: Bounds) -> str:
         >>> percent((0.1, 0.25)), percent((-float("inf"), 0.25))
         ('+10 to +25 %', 'unknown to +25 %')
     """
+    if not any(map(math.isfinite, bounds)):
+        return "unknown"
     low, high = (f"{100 * end:+.0f}" if math.isfinite(end) else "unknown" for end in bounds)
     return f"{low} to {high} %"
 
@@ -192,47 +195,48 @@ def steps(
 ) -> Section:
     """Steps to thresholds fixed beforehand, and the share saved against the reference."""
     rows: list[dict[str, Any]] = []
-    for metric, levels in thresholds.items():
-        for (title, found), threshold, level in itertools.product(
-            list(blocks(study, records, by)), levels, study.axes[compare]
-        ):
-            runs = select(found, {compare: level})
-            if not runs:
-                continue
-            reached = [steps_to(run.series[metric], threshold) for run in runs]
-            one, other = {compare: level}, {compare: reference}
-            saved = None if level == reference else estimate(fewer_steps(found, one, other, metric, [threshold]))
-            row = {"metric": metric, "block": title, "threshold": threshold, "level": level, "steps": reached}
-            rows.append(row | {"fewer": saved and {"mean": saved.mean, "t": saved.interval}})
-    head = [
-        "metric",
-        *([", ".join(by)] if by else []),
-        "threshold",
-        compare,
-        "steps",
-        "reached",
-        f"fewer than {reference}",
-    ]
     lines = []
-    for row in rows:
-        known = [low for low, high in row["steps"] if low == high]
-        early = sum(low == 0 for low, _ in row["steps"])
-        cells = [figures.label_of(row["metric"]), *([row["block"]] if by else []), f"{row['threshold']:g}"]
-        cells += [f"`{row['level']}`", with_spread(known) if known else ""]
-        cells += [
-            f"{len(known) + early} of {len(row['steps'])}" + (f", {early} before the first look" if early else "")
-        ]
-        saved = row["fewer"]
-        mean = saved and (
-            percent(saved["mean"]) if saved["mean"][0] < saved["mean"][1] else f"{100 * saved['mean'][0]:+.0f} %"
+    for metric, (title, found) in itertools.product(thresholds, list(blocks(study, records, by))):
+        for level in study.axes[compare]:
+            runs, cells = select(found, {compare: level}), []
+            for threshold in thresholds[metric] if runs else ():
+                reached = [steps_to(run.series[metric], threshold) for run in runs]
+                one, other = {compare: level}, {compare: reference}
+                saved = None if level == reference else estimate(fewer_steps(found, one, other, metric, [threshold]))
+                row = {"metric": metric, "block": title, "threshold": threshold, "level": level, "steps": reached}
+                rows.append(row | {"fewer": saved and {"mean": saved.mean, "t": saved.interval}})
+                cells.append(reached_cell(reached, saved))
+            if runs:
+                lines.append([figures.label_of(metric), *([title] if by else []), f"`{level}`", *cells])
+    most = max(map(len, thresholds.values()))
+    head = ["metric", *([", ".join(by)] if by else []), compare, *(f"threshold {i + 1}" for i in range(most))]
+    given = "; ".join(
+        f"{figures.label_of(metric)}: {', '.join(f'{level:g}' for level in levels)}"
+        for metric, levels in thresholds.items()
+    )
+    text = (
+        f"Thresholds: {given}. In brackets: steps saved against {reference}.\n\n"
+        + markdown(head, lines)
+        + (
+            "\nBetween evaluations the logarithm of the distance is taken to be linear. A run that never reached a "
+            "threshold counts as one that needs at least all its steps: what it then saves has bounds, not a value; mean "
+            "steps are of the runs where the step is known.\n"
         )
-        lines.append([*cells, mean or ""])
-    text = markdown(head, lines) + (
-        "\nBetween evaluations the logarithm of the distance is taken to be linear. A run that never reached a "
-        "threshold counts as one that needs at least all its steps: what it then saves has bounds, not a value; mean "
-        "steps are of the runs where the step is known.\n"
     )
     return Section("Steps to thresholds", text, rows)
+
+
+def reached_cell(reached: Sequence[Bounds], saved: Estimate | None) -> str:
+    """Write mean steps of the runs where they are known, how many that are if not all, and the share saved."""
+    known = [low for low, high in reached if low == high]
+    early = sum(low == 0 for low, _ in reached)
+    cell = with_spread(known) if known else ""
+    if len(known) < len(reached):
+        cell += f" {len(known) + early} of {len(reached)}" + (" before the first evaluation" if early else "")
+    if saved:
+        low, high = saved.mean
+        cell += f" ({percent(saved.mean)})" if low < high else f" ({100 * low:+.0f} %)"
+    return cell.strip()
 
 
 @analysis

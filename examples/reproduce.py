@@ -100,8 +100,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     if not settings.analyse:
         runner.make(runs)
-    write_report(study, list(read_records(place.records).values()), output, command_again([settings.study]))
-    print(f"{len(read_records(place.records))} of {len(study.runs())} runs are in {output}/README.md.")
+    records = list(read_records(place.records).values())
+    if records:
+        write_report(study, records, output, command_again([settings.study]))
+    print(f"{len(records)} of {len(study.runs())} runs are done; what they say is in {output}/README.md.")
     if runner.failed:
         print(f"Failed: {', '.join(runner.failed)}.")
     if runner.stopped:

@@ -164,7 +164,7 @@ class Estimate:
         seeds: those that count.
         values: bounds, one pair per seed; equal where the number is known.
         interval: Student's, at 95 %.
-        bootstrap: over seeds, of the middles, at 95 %; none where a bound is infinite.
+        bootstrap: over seeds, of the middles, at 95 %; none of one seed or where a bound is infinite.
     """
 
     seeds: list[int]
@@ -191,7 +191,8 @@ def estimate(by_seed: dict[int, Bounds]) -> Estimate | None:
     values = list(by_seed.values())
     known = all(math.isfinite(end) for bounds in values for end in bounds)
     middles = [(low + high) / 2 for low, high in values]
-    return Estimate(list(by_seed), values, interval_of_bounds(values), bootstrap_interval(middles) if known else None)
+    sure = bootstrap_interval(middles) if known and len(values) > 1 else None
+    return Estimate(list(by_seed), values, interval_of_bounds(values), sure)
 
 
 @dataclass(frozen=True)
