@@ -219,8 +219,8 @@ def steps(
         + markdown(head, lines)
         + (
             "\nBetween evaluations the logarithm of the distance is taken to be linear. A run that never reached a "
-            "threshold counts as one that needs at least all its steps: what it then saves has bounds, not a value; mean "
-            "steps are of the runs where the step is known.\n"
+            "threshold counts as one that needs at least all its steps: what it then saves has bounds, not a value; "
+            "mean steps are of the runs where the step is known.\n"
         )
     )
     return Section("Steps to thresholds", text, rows)

@@ -112,31 +112,35 @@ def flags_of(options: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(words)
 
 
+def flat(options: Options) -> dict[str, Any]:
+    """Return ``section.field`` -> value, tuples as lists, as JSON has them; without where a run lies."""
+    sections = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+    return {
+        f"{section}.{item.name}": list(value) if isinstance(value := getattr(part, item.name), tuple) else value
+        for section, part in sections.items()
+        if dataclasses.is_dataclass(part)
+        for item in dataclasses.fields(part)
+        if item.name not in PLACE
+    }
+
+
 def settings_of(options: Options) -> dict[str, Any]:
-    """Return what of the options differs from the defaults, tuples as lists, as JSON has them."""
-    found = {}
-    for section in dataclasses.fields(options):
-        value, default = getattr(options, section.name), getattr(Options(), section.name)
-        if not dataclasses.is_dataclass(value):
-            continue
-        for item in dataclasses.fields(value):
-            own = getattr(value, item.name)
-            if item.name not in PLACE and own != getattr(default, item.name):
-                found[f"{section.name}.{item.name}"] = list(own) if isinstance(own, tuple) else own
-    return found
+    """Return what of the options differs from the defaults without a preset."""
+    defaults = flat(Options())
+    return {name: value for name, value in flat(options).items() if value != defaults[name]}
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return ``option: before -> now`` of what differs.
+    """Return ``option: before -> now`` of what differs; what is not there has its default.
 
     Example:
-        >>> changes({"weight.method": "ddpm", "run.seed": 1}, {"weight.method": "edm", "run.seed": 1})
+        >>> changes({"weight.method": "ddpm"}, {"weight.method": "edm", "data.split": "train"})
         ['weight.method: ddpm -> edm']
     """
+    defaults = flat(Options())
+    old, new = {**defaults, **before}, {**defaults, **now}
     return [
-        f"{name}: {before.get(name, 'default')} -> {now.get(name, 'default')}"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
+        f"{name}: {old.get(name)} -> {new.get(name)}" for name in sorted({*old, *new}) if old.get(name) != new.get(name)
     ]
 
 

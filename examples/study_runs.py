@@ -185,7 +185,7 @@ class Runner:
 
     def _asked(self, run: Run) -> bool:
         asked = self.place.folder(run) / ASKED
-        return asked.exists() and json.loads(asked.read_text()) == run.settings
+        return asked.exists() and not changes(json.loads(asked.read_text()), run.settings)
 
     def _start(self, run: Run, lock: int) -> Running:
         folder = self.place.folder(run)

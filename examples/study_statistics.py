@@ -98,7 +98,7 @@ def brown_forsythe(one: Sequence[float], other: Sequence[float]) -> float:
 
     Example:
         >>> round(brown_forsythe([1.0, 2.0, 3.0, 4.0], [0.0, 10.0, 20.0, 30.0]), 3)
-        0.025
+        0.021
     """
     if min(len(one), len(other)) < 3 or np.ptp(one) == np.ptp(other) == 0:
         return math.nan
