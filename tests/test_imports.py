@@ -17,7 +17,7 @@ FLOORS = [
     | {"optimal.controls", "optimal.curve", "optimal.pairs", "optimal.reference"},
     {"drawn", "tracking", "uniforms", "optimal.small_noise"},
     {"quantiles", "history", "weightings.bound", "optimal.estimator"},
-    {"weightings.base", "optimal.subsets"},
+    {"weightings.base", "optimal.subsets", "optimal.scaling", "optimal.extended"},
     {"optimal"},
     {
         *("weightings.adaptive", "weightings.classic", "weightings.clipped", "weightings.objectives"),
