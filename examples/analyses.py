@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import study_figures as figures
+import torch
 from matplotlib.figure import Figure
 from studies import Study
 from study_claims import PROFILES, distances, fewer_steps, groups, laws, lower, select
@@ -21,11 +22,11 @@ from study_statistics import (
     estimate,
     holm,
     mean_and_std,
-    power_law,
     steps_to,
-    t_interval,
     welch,
 )
+
+from snrweights.optimal.scaling import power_law
 
 
 @dataclass
@@ -348,22 +349,24 @@ def scaling(
         for name, (values, law) in both.items()
     ]
     lines, panels = [], {}
-    for name in PROFILES:
-        of_seeds = [both[name] for both in found.values()]
-        if not of_seeds:
-            continue
-        columns = [[getattr(law, field) for _, law in of_seeds] for field in ("exponent", "r_squared")]
-        low, high = t_interval(columns[0])
-        cells = [with_spread(column) for column in columns]
-        lines.append([name, str(len(of_seeds)), cells[0], f"{number(low)} to {number(high)}", cells[1]])
-        everything = [
-            (size, value) for values, _ in of_seeds for size, value in zip(sizes.values(), values, strict=True)
+    for name in PROFILES if found else ():
+        values = [list(of_size) for of_size in zip(*(both[name][0] for both in found.values()), strict=True)]
+        law, together = power_law(list(sizes.values()), values), [both[name][1].r_squared for both in found.values()]
+        low, high = law.exponent_interval
+        cells = [
+            number(law.exponent),
+            f"{number(low)} to {number(high)}",
+            number(law.r_squared),
+            number(law.correlation),
         ]
-        together = power_law(*zip(*everything, strict=True))
-        grid = np.geomspace(min(sizes.values()), max(sizes.values()), 50)
-        panels[name] = (everything, [(size, together.at(size)) for size in grid])
-    text = markdown(["loss", "seeds", "exponent", "95 %, Student", "R²"], lines) + (
-        f"\nOf epsilon, mean over log-SNR from {window[0]:g} to {window[1]:g}; one fit for each seed, of logarithms.\n"
+        lines.append([name, str(len(found)), *cells, with_spread(together)])
+        grid = torch.logspace(*(math.log10(end(sizes.values())) for end in (min, max)), 50, dtype=torch.float64)
+        points = [(size, loss) for size, losses in zip(sizes.values(), values, strict=True) for loss in losses]
+        panels[name] = (points, list(zip(grid.tolist(), law.at(grid).tolist(), strict=True)))
+    head = ["loss", "seeds", "exponent", "95 %", "R²", "correlation", "R² by seed"]
+    text = markdown(head, lines) + (
+        f"\nOf epsilon, mean over log-SNR from {window[0]:g} to {window[1]:g}. Fitted to the logarithms of all runs, "
+        "for the last column to those of each seed; intervals by bootstrap.\n"
     )
     return Section(f"Loss over {unit}", text, rows, {"scaling": figures.scaling(panels, unit)} if panels else {})
 

@@ -36,7 +36,7 @@ class Settings:
     """Threads of each (default: the cores divided by the jobs)."""
     launch: str | None = None
     """What runs the script, such as "accelerate launch --num_processes 8" (default: this Python)."""
-    only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="AXIS=LEVEL")] = ()
+    only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="AXIS=LEVEL"), tyro.conf.UseAppendAction] = ()
     """Make these runs alone; seed is an axis too."""
     dry_run: bool = False
     """List the runs, what is done, and what is left to wait; run nothing."""

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from studies import Study, known
 from study_records import Record
-from study_statistics import EVERYTHING, Bounds, Estimate, PowerLaw, estimate, fewer, power_law, steps_to
+from study_statistics import EVERYTHING, Bounds, Estimate, estimate, fewer, steps_to
+
+from snrweights.optimal.scaling import PowerLaw, power_law
 
 SEEN, NOT_SEEN, UNDECIDED, NO_RUNS = "seen", "not seen", "not decidable at this size", "no runs yet"
 Effect = Callable[..., dict[int, Bounds]]

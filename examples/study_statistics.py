@@ -193,33 +193,3 @@ def estimate(by_seed: dict[int, Bounds]) -> Estimate | None:
     middles = [(low + high) / 2 for low, high in values]
     sure = bootstrap_interval(middles) if known and len(values) > 1 else None
     return Estimate(list(by_seed), values, interval_of_bounds(values), sure)
-
-
-@dataclass(frozen=True)
-class PowerLaw:
-    """``loss = factor size^-exponent``, fitted by least squares of the logarithms."""
-
-    exponent: float
-    factor: float
-    r_squared: float
-
-    def at(self, size: float) -> float:
-        """Return the loss it gives a size."""
-        return self.factor * size**-self.exponent
-
-
-def power_law(sizes: Sequence[float], losses: Sequence[float]) -> PowerLaw:
-    """Fit a power law.
-
-    Raises:
-        ValueError: a loss that is not above 0, which has no logarithm.
-
-    Example:
-        >>> law = power_law([1.0, 10.0, 100.0], [2.0, 0.2, 0.02])
-        >>> round(law.exponent, 6), round(law.factor, 6), round(law.r_squared, 6)
-        (1.0, 2.0, 1.0)
-    """
-    if min(losses) <= 0:
-        raise ValueError(f"`losses` must be > 0, got {min(losses)}.")
-    fit = stats.linregress(np.log(sizes), np.log(losses))
-    return PowerLaw(-float(fit.slope), math.exp(fit.intercept), float(fit.rvalue) ** 2)

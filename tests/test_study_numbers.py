@@ -160,7 +160,7 @@ def test_a_power_law_is_found_once_the_floor_is_subtracted():
         assert both["raw"][1].r_squared < 0.99
     assert all(low > 0.01 for low, _ in study_claims.straighter(found, **arguments).values())
     section = analyses.scaling(study(), found, **arguments, unit="parameters")
-    assert "| subtracted | 2 | 0.500 ± 0" in section.text
+    assert "| subtracted | 2 | 0.500 | 0.500 to 0.500 | 1.00 | -1.00 |" in section.text
     assert [row["r_squared"] for row in section.values if row["loss"] == "subtracted"] == pytest.approx([1, 1])
 
 
@@ -209,7 +209,7 @@ def test_the_report(records, tmp_path):
     )
     write_report(asked, records, tmp_path, "the command")
     page = (tmp_path / "README.md").read_text()
-    assert "| Lower | 21 % (them) | 0.200 (0.200 to 0.200), 3 seeds | lower above 0 | **seen** |" in page
+    assert "| Lower | 21 % (them) | 0.200 (0.200), 3 seeds | lower above 0 | **seen** |" in page
     assert "| On cosine | 21 % (them) |  | lower above 0 | **no runs yet** |" in page
     assert "| lower below 0.1 | **not seen** |" in page
     assert "| fd | linear | `min_snr` | 1.80 ± 0.10 | 3 | +20 % | +20 to +20 % |" in page
