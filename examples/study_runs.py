@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shlex
 import signal
@@ -24,7 +25,7 @@ SCRIPT = Path(__file__).parent / "train.py"
 ASKED = "asked.json"
 LAST_LINES = 12
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-POLL = 0.2  # seconds
+POLL, GRACE = 0.2, 60.0  # seconds
 
 
 @dataclass
@@ -52,16 +53,18 @@ class Running:
     process: subprocess.Popen[bytes]
     lock: int
     sent: int = 0  # the last signal
+    ended: float = math.inf  # when the process itself did
 
     def alive(self) -> bool:
-        """Whether any process of its group lives: a launcher may end before what it launched."""
+        """Whether its group of processes lives: a launcher may end before what it launched, which is given a minute."""
         if self.process.poll() is None:
             return True
+        self.ended = min(self.ended, time.monotonic())
         try:
             os.killpg(self.process.pid, 0)
         except ProcessLookupError:
             return False
-        return True
+        return time.monotonic() < self.ended + GRACE  # what nobody waits for stays in the group for ever
 
     def send(self, number: int) -> None:
         """Send a signal to the whole group, once, if there still is one."""

@@ -201,7 +201,7 @@ def test_a_dry_run_says_what_is_left_and_runs_nothing(tmp_path):
     assert not (tmp_path / "runs").exists()
     assert run(tmp_path, "--only", "schedule=cosine", "--jobs", "3").returncode == 0
     after = run(tmp_path, "--dry-run").stdout
-    assert "cosine-ddpm-s1        done" in after
+    assert "cosine-ddpm-s1         done" in after
     assert "8 runs: 6 to do, 2 done." in after
 
 

@@ -20,12 +20,17 @@ output, checkpoint, metrics = known.output_dir, known.output_dir / "checkpoint",
 stopped = []
 signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
 
-alone = output / "alone"  # two at once in a folder: the later says so
-try:
-    holder = int(alone.read_text()) if alone.exists() else None
-    assert holder is None or not Path(f"/proc/{holder}").exists(), f"{holder} trains in {output}"
-except ValueError:  # killed while writing
-    pass
+
+def lives(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+alone = output / "alone"
+holder = alone.read_text() if alone.exists() else ""
+assert not (holder and lives(holder)), f"{holder} trains in {output} too"
 alone.write_text(str(os.getpid()))
 
 if known.learning_rate == 0.5:
