@@ -29,7 +29,7 @@ from snrweights.integrations.timestep_adapters import adapter_of, position_of, r
 from torch import Tensor, nn
 
 from snrweights.densities import DENSITIES
-from snrweights.importance import RULES
+from snrweights.importance import BY_LOSS
 from snrweights.losses import check_depends_on_t_alone
 from snrweights.predictions import PREDICTION_TYPES
 from snrweights.settings import parse_settings
@@ -82,9 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     weight.add_argument(
         "--sampler",
-        choices=list(RULES),
+        choices=BY_LOSS,
         metavar="RULE",
-        help=f"redraw the timesteps by importance, by one of {', '.join(RULES)} (default: as the script draws)",
+        help=f"redraw the timesteps by importance, by one of {', '.join(BY_LOSS)} (default: as the script draws)",
     )
     weight.add_argument(
         "--on-double-weighting",

@@ -20,7 +20,7 @@ from snrweights.integrations.noticing import replace_attribute, timesteps_in
 from torch import Tensor, nn
 
 from snrweights.densities import Density
-from snrweights.importance import RULES, ImportanceSampler
+from snrweights.importance import BY_LOSS, ImportanceSampler
 from snrweights.samplers import TimestepSampler
 from snrweights.schedules import DiscreteSchedule, FlowSchedule, Schedule
 
@@ -231,8 +231,8 @@ def sampler_of(name: str | TimestepSampler, schedule: Schedule, density: Density
         if not torch.equal(*tables):
             raise ValueError(f"`sampler` {name!r} has another schedule than the scheduler: give it that scheduler.")
         return name
-    if name not in RULES:
-        raise ValueError(f"`sampler` must be a TimestepSampler or one of {list(RULES)}, got {name!r}.")
+    if name not in BY_LOSS:
+        raise ValueError(f"`sampler` must be a TimestepSampler or one of {list(BY_LOSS)}, got {name!r}.")
     seed = torch.initial_seed() % 2**63
     if not _distributed():
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -20,7 +20,7 @@ from snrweights.statistics import LossStatistics
 from snrweights.tracking import LossVarianceTracker, Reduce
 
 Evidence = LossVarianceTracker | LossHistory
-MODES = ("resample", "reweight")
+MODES = ("resample", "reweight", "uncorrected")
 _PREFIX = "evidence."  # of the evidence's part of a state
 BINS, MEMORY = 32, 100  # of a sampler's own tracker: bins, and losses that an average bin counts when old ones fade
 
@@ -35,12 +35,14 @@ class Rule:
         floor: default share of p in q.
         history: keep that many last losses of every bin (of uniform timesteps: of each) and draw from p until
             all have as many; None: moments that fade.
+        excess: what counts is the losses less the optimal ones.
     """
 
     root: Callable[[LossStatistics], Tensor]
     of: str
     floor: float = 0.1
     history: int | None = None
+    excess: bool = False
 
 
 def _loss(statistics: LossStatistics) -> Tensor:
@@ -55,11 +57,17 @@ def _deviation(statistics: LossStatistics) -> Tensor:
     return statistics.variance.sqrt()
 
 
+def _mean(statistics: LossStatistics) -> Tensor:
+    return statistics.mean.clamp_min(0)  # an estimate of a gap is below 0 by its error
+
+
 RULES: dict[str, Rule] = {  # of functions that can be pickled, with a model that has a sampler attached
     "loss_second_moment": Rule(_loss, "the loss estimate", floor=0.001, history=10),
     "gradient": Rule(_gradient, "the gradient at the model's output"),
     "variance": Rule(_deviation, "the loss about its mean at each noise level"),
+    "gap": Rule(_mean, "the weighted gap to the optimal loss", excess=True),
 }
+BY_LOSS = tuple(name for name, known in RULES.items() if not known.excess)  # that need nothing but losses
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,9 @@ class ImportanceSampler(TimestepSampler):
       with a share .001 of p (Nichol & Dhariwal 2021, arXiv 2102.09672): least variance of the *loss estimate*.
     - ``"variance"``: √Var[w L]: the importance ratio of ALSR (Sun & Shi 2026, arXiv 2603.10391, Eq. 12; p* ∝ p √Var is
       our reading, second-hand).
+    - ``"gap"``: max(E[w (L - L*)], 0), the weighted gap to the optimal loss L* (Xu et al. 2025, arXiv 2506.13763,
+      second-hand: there q ∝ w gap over ln sigma, which it is here for a p that is log-uniform, and the draws have no
+      p / q: mode ``"uncorrected"``). Needs ``optimum``.
 
     Feed it with ``update`` after every batch; old losses fade, so that a bin counts 100 on average. On several
     processes give ``reduce``: statistics are then summed over them at every refresh, a collective inside ``draw`` that
@@ -107,7 +118,8 @@ class ImportanceSampler(TimestepSampler):
         rule: a name, or a ``Rule``.
         density: see ``TimestepSampler``.
         mode: ``"resample"`` draws from q with weights p / q; ``"reweight"`` draws from p with weights q / p, which
-            changes the objective (ALSR's Eq. 12 as it stands).
+            changes the objective (ALSR's Eq. 12 as it stands); ``"uncorrected"`` draws from q with weights 1, which
+            changes it too: under the rule ``"gap"`` a noise level then counts w² gap.
         bins: number of bins of about equal mass under p, at most the timesteps of a discrete schedule; default 32, or
             those timesteps where the rule keeps a history.
         floor: share of p in q, in (0, 1]; no weight p / q exceeds 1 / floor. Default: the rule's.
@@ -116,6 +128,8 @@ class ImportanceSampler(TimestepSampler):
         refresh_every: batches between two computations of q.
         evidence: count in this tracker, with its bins and its ``reduce``, in place of one of the sampler's own.
         reduce: sums a tensor over processes.
+        optimum: for the rule ``"gap"``, the optimal loss at log-SNR (B,) in the unit of the losses given to ``update``:
+            ``snrweights.optimal.extended.ExtendedCurve(curve, prediction_type)``.
         **options: ``draws``, ``seed``, ``rank``, ``world_size``, ``accumulation``, as for ``TimestepSampler``.
 
     Raises:
@@ -136,13 +150,14 @@ class ImportanceSampler(TimestepSampler):
         rule: str | Rule = "gradient",
         *,
         density: Density | str | None = None,
-        mode: Literal["resample", "reweight"] = "resample",
+        mode: Literal["resample", "reweight", "uncorrected"] = "resample",
         bins: int | None = None,
         floor: float | None = None,
         warm_up: int = 10,
         refresh_every: int = 10,
         evidence: Evidence | None = None,
         reduce: Reduce | None = None,
+        optimum: Callable[[Tensor], Tensor] | None = None,
         **options: Any,
     ) -> None:
         if "base" in options:
@@ -153,7 +168,10 @@ class ImportanceSampler(TimestepSampler):
         if isinstance(rule, str) and rule not in RULES:
             raise ValueError(f"Unknown rule {rule!r}; choose one of {list(RULES)}.")
         self.rule = RULES[rule] if isinstance(rule, str) else rule
-        self.mode = mode
+        if self.rule.excess != (optimum is not None):
+            needed = [name for name, known in RULES.items() if known.excess]
+            raise ValueError(f"`optimum` is needed by the rules {needed} and by no other, got {optimum} with {rule!r}.")
+        self.mode, self.optimum = mode, optimum
         self.floor = self.rule.floor if floor is None else floor
         self.warm_up, self.refresh_every = warm_up, refresh_every
         self._check(bins)
@@ -222,14 +240,17 @@ class ImportanceSampler(TimestepSampler):
                     f"`{name}` must have the shape (B,) of `t`, {tuple(t.shape)}, got {tuple(value.shape)}."
                 )
         loss = torch.where(loss < 0, torch.nan, loss)
+        log_snr = self.schedule.log_snr(t)
         square = loss if gradient_square is None else torch.where(gradient_square < 0, torch.nan, gradient_square)
+        if self.optimum is not None:
+            loss = loss - self.optimum(log_snr)
         if weight is not None:
             loss, square = loss * weight, square * weight.square()
         if self._fades and self.evidence.decay is None:  # type: ignore[union-attr]
             # by samples, as many as the first batch has: bins would never see enough of small batches otherwise
             batch = len(t) * self._options["world_size"]
             self.evidence.decay = math.exp(-batch / (MEMORY * len(self._mass)))  # type: ignore[union-attr]
-        self.evidence.update(loss, self.schedule.log_snr(t), gradient_square=square)
+        self.evidence.update(loss, log_snr, gradient_square=square)
 
     def sync(self) -> None:
         """Add up what all processes have seen; with ``reduce`` a collective."""
@@ -272,9 +293,9 @@ class ImportanceSampler(TimestepSampler):
         return super().draw(batch_size, index=index, device=device)
 
     def at(self, u: Tensor) -> Draw:
-        """Return what uniform numbers ``u`` (B,) draw from q, or from p with the weights of ``reweight``."""
+        """Return what uniform numbers ``u`` (B,) draw from q, or from p in the mode ``reweight``."""
         self._move(u.device)
-        return super().at(self._through_q(u) if self._resamples else u)
+        return super().at(self._through_q(u) if self.mode != "reweight" else u)
 
     def _through_q(self, u: Tensor) -> Tensor:
         """Turn quantiles of q into quantiles of p."""
@@ -288,12 +309,11 @@ class ImportanceSampler(TimestepSampler):
     def weight(self, t: Tensor) -> Tensor:
         """Return the factors (B,), float32, on the losses of timesteps ``t`` (B,)."""
         self._move(t.device)
-        tilt = self._tilt[torch.bucketize(self.schedule.log_snr(t), self._inner)]
-        return (1 / tilt if self._resamples else tilt).float()
+        return self._factors(self._tilt)[torch.bucketize(self.schedule.log_snr(t), self._inner)].float()
 
-    @property
-    def _resamples(self) -> bool:
-        return self.mode == "resample"
+    def _factors(self, tilt: Tensor) -> Tensor:
+        """Return the weights of draws by bin."""
+        return {"resample": 1 / tilt, "reweight": tilt, "uncorrected": torch.ones_like(tilt)}[self.mode]
 
     def probabilities(self) -> tuple[Tensor, Tensor]:
         """Return the probability of each bin under p and under q, (bins,) each, on the CPU."""
@@ -303,7 +323,7 @@ class ImportanceSampler(TimestepSampler):
         """Return what the statistics up to now say of the draws; reads them off the device."""
         square = self._root(self.evidence.compute()).square()
         mass, tilt = self._mass.to(square), self._tilt.to(square)
-        drawn, weight = (mass * tilt, 1 / tilt) if self._resamples else (mass, tilt)
+        drawn, weight = mass if self.mode == "reweight" else mass * tilt, self._factors(tilt)
         spread = drawn * weight**2
         return Prediction(
             of=self.rule.of,

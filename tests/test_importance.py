@@ -19,6 +19,13 @@ LINEAR, FLOW, EDM = SCHEDULES["linear"], FlowSchedule(num_train_timesteps=1000),
 SHORT = DiscreteSchedule.from_name("linear", 50)
 
 
+def importance(schedule, rule, **options):
+    """A sampler of any rule; that of the gap with an optimal loss of 0 everywhere."""
+    if rule == "gap":
+        options = {"optimum": torch.zeros_like, **options}
+    return ImportanceSampler(schedule, rule, **options)
+
+
 def bin_of(sampler, t):
     """The bin of log-SNR that a timestep is in."""
     return torch.bucketize(sampler.schedule.log_snr(t), sampler.evidence.edges[1:-1])
@@ -36,7 +43,7 @@ def mixed(p, root, floor):
 
 def taught(schedule, rule="gradient", rounds=20, size=500, seed=1, **options):
     """A sampler that has seen the losses of the small model, and has its q."""
-    sampler = ImportanceSampler(schedule, rule, seed=seed, refresh_every=10**9, **options)
+    sampler = importance(schedule, rule, seed=seed, refresh_every=10**9, **options)
     for _ in range(rounds):
         t = sampler.draw(size).t
         sampler.update(t, small_gradient(schedule, t)[1])
@@ -71,7 +78,7 @@ ROWS = torch.rand(12, 8, generator=torch.Generator().manual_seed(0), dtype=torch
     ],
 )
 def test_q_is_the_optimum_of_its_rule(rule, root, floor, schedule):
-    sampler = ImportanceSampler(schedule, rule, bins=8, floor=floor)
+    sampler = importance(schedule, rule, bins=8, floor=floor)
     t, loss = per_bin(sampler, ROWS)
     weight = torch.linspace(0.5, 2.0, len(t), dtype=torch.float64)
     sampler.update(t, loss, weight=weight)
@@ -160,7 +167,7 @@ def test_a_history_waits_for_no_bin_without_mass():
 
 def test_until_something_is_known_q_is_p():
     for rule in RULES:
-        sampler = ImportanceSampler(LINEAR, rule)
+        sampler = importance(LINEAR, rule)
         assert torch.equal(sampler.draw(8).t, TimestepSampler(LINEAR).draw(8).t)
         assert (sampler.draw(100).weight == 1).all()
         sampler.refresh()
@@ -213,7 +220,7 @@ def test_the_expected_gradient_is_that_of_the_base_density(rule, schedule, draws
 
 @pytest.mark.parametrize("rule", ["gradient", "variance"])
 def test_no_bias_while_q_follows_the_draws(rule):
-    sampler = ImportanceSampler(LINEAR, rule, refresh_every=1, warm_up=2)
+    sampler = importance(LINEAR, rule, refresh_every=1, warm_up=2)
     sums = []
     for _ in range(1600):
         t, weight = sampler.draw(64)
@@ -301,7 +308,7 @@ def test_predictions_are_those_of_enumeration(rule, mode):
 def test_a_rule_never_raises_its_own_second_moment(rule, floor):
     for seed in range(10):
         g = torch.Generator().manual_seed(seed)
-        sampler = ImportanceSampler(LINEAR, rule, bins=8, floor=floor)
+        sampler = importance(LINEAR, rule, bins=8, floor=floor)
         rows = torch.rand(12, 8, generator=g, dtype=torch.float64) * torch.randn(8, generator=g).exp() ** 3
         sampler.update(*per_bin(sampler, rows))
         sampler.refresh()
@@ -315,7 +322,7 @@ def test_the_gradient_that_is_drawn_has_the_predicted_second_moment():
     """A toy: |g|² is exponential about its mean at each noise level; the loss is a fourth of it."""
     mean = torch.exp(-SHORT.log_snr_table / 2).clamp(max=50.0)
     g = torch.Generator().manual_seed(0)
-    samplers = {rule: ImportanceSampler(SHORT, rule, bins=50, refresh_every=10**9) for rule in RULES}
+    samplers = {rule: importance(SHORT, rule, bins=50, refresh_every=10**9) for rule in RULES}
     t = torch.arange(50).repeat(400)
     square = mean[t] * torch.empty(len(t), dtype=torch.float64).exponential_(generator=g)
     second_moments = {}
@@ -357,7 +364,7 @@ def trained(sampler, steps):
 @pytest.mark.parametrize("schedule", [SHORT, FLOW])
 @pytest.mark.parametrize("rule", RULES)
 def test_a_resumed_run_draws_bit_equal(rule, schedule):
-    first, second = (ImportanceSampler(schedule, rule, refresh_every=7, seed=5) for _ in range(2))
+    first, second = (importance(schedule, rule, refresh_every=7, seed=5) for _ in range(2))
     trained(first, 130)
     state = first.state_dict()
     kept = {name: value.clone() for name, value in state.items()}
@@ -439,7 +446,7 @@ def together(world_size, train):
 def test_processes_agree_on_the_q_of_one_process_with_all_losses(rule):
     def train(rank, reduce, world_size=2):
         options = {"rank": rank, "world_size": world_size, "refresh_every": 5, "warm_up": 2, "seed": 3}
-        sampler = ImportanceSampler(LINEAR, rule, reduce=reduce, **options)
+        sampler = importance(LINEAR, rule, reduce=reduce, **options)
         drawn = []
         for _ in range(41):
             t = sampler.draw(32 // world_size).t
@@ -477,7 +484,7 @@ def test_processes_agree_on_histories():
 
 def test_a_users_rule():
     rule = Rule(lambda statistics: statistics.mean, "something else", floor=0.2)
-    sampler = ImportanceSampler(LINEAR, rule, bins=4, warm_up=1)
+    sampler = importance(LINEAR, rule, bins=4, warm_up=1)
     sampler.update(*per_bin(sampler, torch.tensor([[1.0, 2.0, 3.0, 4.0]])))
     sampler.refresh()
     expected = mixed(np.full(4, 0.25), np.array([1.0, 2.0, 3.0, 4.0]), 0.2)
@@ -509,7 +516,7 @@ def test_a_users_tracker_with_its_own_bins(schedule, rule):
 @pytest.mark.parametrize("schedule", [LINEAR, FLOW])
 @pytest.mark.parametrize("rule", RULES)
 def test_nothing_waits_for_the_device(rule, schedule):
-    sampler = ImportanceSampler(schedule, rule, refresh_every=2)
+    sampler = importance(schedule, rule, refresh_every=2)
     loss = torch.rand(8, requires_grad=True)
     with NoHostSync():
         for _ in range(4):
@@ -521,7 +528,7 @@ def test_nothing_waits_for_the_device(rule, schedule):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_memory_is_fixed(rule):
-    sampler = ImportanceSampler(SHORT, rule)
+    sampler = importance(SHORT, rule)
     before = {name: value.shape for name, value in sampler.state_dict().items()}
     trained(sampler, 2000)
     assert {name: value.shape for name, value in sampler.state_dict().items()} == before
@@ -532,7 +539,7 @@ def test_memory_is_fixed(rule):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_losses_that_are_negative_or_not_finite_are_counted_and_kept_out(rule):
-    clean, dirty = (ImportanceSampler(SHORT, rule, bins=8) for _ in range(2))
+    clean, dirty = (importance(SHORT, rule, bins=8) for _ in range(2))
     t, loss = per_bin(clean, ROWS)
     clean.update(t, loss)
     dirty.update(t, loss)
@@ -562,7 +569,7 @@ def test_gradients_that_are_negative_or_not_finite_are_kept_out():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_losses_of_zero_leave_q_at_p(rule):
-    sampler = ImportanceSampler(SHORT, rule, bins=8)
+    sampler = importance(SHORT, rule, bins=8)
     t, loss = per_bin(sampler, ROWS)
     sampler.update(t, 0 * loss)
     sampler.refresh()
@@ -585,9 +592,9 @@ def test_a_bin_of_zero_losses_is_drawn_at_the_floor():
         (
             {"rule": "loss"},
             ValueError,
-            "Unknown rule 'loss'; choose one of ['loss_second_moment', 'gradient', 'variance']",
+            "Unknown rule 'loss'; choose one of ['loss_second_moment', 'gradient', 'variance', 'gap']",
         ),
-        ({"mode": "weigh"}, ValueError, "`mode` must be one of ['resample', 'reweight'], got 'weigh'."),
+        ({"mode": "weigh"}, ValueError, "`mode` must be one of ['resample', 'reweight', 'uncorrected'], got 'weigh'."),
         ({"bins": 0}, ValueError, "`bins` must be >= 1, got 0."),
         ({"warm_up": 0}, ValueError, "`warm_up` must be >= 1, got 0."),
         ({"refresh_every": 0}, ValueError, "`refresh_every` must be >= 1, got 0."),
