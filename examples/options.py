@@ -182,6 +182,8 @@ class OutputOptions:
     """Steps of the sampler: DDIM, Euler (flow) or Heun (EDM)."""
     guidance_scale: float = 1.0
     """Guidance towards the class; 1: none."""
+    optimal_loss: str = "none"
+    """The loss that no model can beat, by noise level: measure it, or the file of a curve, or none."""
     features: tuple[Literal["pixels", "lite0", "inception"], ...] = ("pixels",)
     """Features in which samples are compared with the data."""
     inception_weights: str | None = None

@@ -23,6 +23,7 @@ from snrweights.integrations.clock import Clock
 from snrweights.integrations.config import changed_options, parse_options, save_options
 from snrweights.integrations.data import ImageTensors, SeededBatches, detach_worker, load_images
 from snrweights.integrations.dry_run import shrink, stand_in, what_it_costs
+from snrweights.integrations.floor import FILE, floor_of
 from snrweights.integrations.processes import PROCESSES
 from snrweights.integrations.results import MetricsLog, save_results
 from torch.utils.data import DataLoader, Subset
@@ -105,7 +106,8 @@ def train(options: Options) -> Trainer:
         raise SystemExit(f"{output} holds a run: go on with --resume latest, begin anew with --overwrite.")
     data, held_out = load_data(options)
     options = with_measured(options, data, accelerator)
-    trainer = Trainer(options, accelerator, PROCESSES[options.process.process](options.process))
+    curve = floor_of(options.output.optimal_loss, output / FILE, data, options, accelerator)
+    trainer = Trainer(options, accelerator, PROCESSES[options.process.process](options.process), curve)
     accelerator.print(f"Drawing timesteps with {trainer.sampler}.")
     evaluator = Evaluator(options, trainer, data)  # features that are missing are named now and not at the end
     checkpoints = Checkpoints(output / "checkpoints", options.output.checkpoints_total_limit, accelerator)
@@ -172,7 +174,8 @@ def train(options: Options) -> Trainer:
             loss = total / count
             running.zero_()
             log_loss_by_noise(accelerator, trainer.tracker, step, since=(step - 1) * trainer.accumulation)
-            log.write(step, loss=loss, lr=trainer.learning_rate(step), seconds=clock.seconds)
+            gap = trainer.gap(since=(step - 1) * trainer.accumulation)
+            log.write(step, loss=loss, lr=trainer.learning_rate(step), **gap, seconds=clock.seconds)
             progress.set_postfix(loss=f"{loss:.4f}")
         if held and (last or (options.output.validation_steps and step % options.output.validation_steps == 0)):
             with clock.paused():
@@ -207,7 +210,8 @@ def finish(options: Options, trainer: Trainer, evaluator: Evaluator, log: Metric
     trainer.tracker.save(output / "tracker.safetensors")
     # of the second half: what the first steps were like hides the rest
     second_half = trainer.tracker.since(options.optimizer.max_steps * trainer.accumulation // 2)
-    plots.save(plots.plot_loss_by_noise(second_half, log.validations()), output / "loss_by_noise.png")
+    floor = trainer.floor(second_half)
+    plots.save(plots.plot_loss_by_noise(second_half, log.validations(), floor), output / "loss_by_noise.png")
     history = [(update // trainer.accumulation, statistics) for update, statistics in trainer.tracker.history()]
     if len(history) > 1:
         plots.save(plots.plot_history(history), output / "loss_history.png")

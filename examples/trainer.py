@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 import snrweights
+from snrweights.optimal import OptimalLossCurve, floor_by_bin, gap_by_bin
 from snrweights.schedules import Schedule
 from snrweights.seeds import generator, seed_of
 from snrweights.settings import parse_settings
@@ -79,8 +81,10 @@ class Trainer:
     dropout in the network is drawn per process.)
     """
 
-    def __init__(self, options: Options, accelerator: Accelerator, process: Process) -> None:
-        self.options, self.accelerator, self.process = options, accelerator, process
+    def __init__(
+        self, options: Options, accelerator: Accelerator, process: Process, curve: OptimalLossCurve | None = None
+    ) -> None:
+        self.options, self.accelerator, self.process, self.curve = options, accelerator, process, curve
         self.accumulation = options.optimizer.gradient_accumulation_steps
         weighting = snrweights.get_weighting(options.weight.method, **parse_settings(options.weight.set))
         self.sampler = self.make_sampler(weighting)
@@ -246,6 +250,23 @@ class Trainer:
             self.model.reshard()  # without a backward it still holds the whole weights
         self.ema.restore(self.model.parameters())
         return tracker.compute()
+
+    def gap(self, since: int) -> dict[str, float]:
+        """Return the mean gap to the optimal loss on the model's own target, and its standard error, for the log.
+
+        Over the losses after this update of the tracker, by bin of log-SNR, each bin by its share of the density that
+        timesteps are drawn from. Nothing without a curve, or where no bin has two losses.
+        """
+        if self.curve is None:
+            return {}
+        process, seen = self.process, self.tracker.since(since)
+        density, target = self.sampler.density, process.prediction_type
+        mean, stderr = gap_by_bin(seen, self.curve, density, target, process.schedule.sigma_data).mean()
+        return {} if math.isnan(mean) else {"gap": mean, "gap_stderr": stderr}
+
+    def floor(self, statistics: LossStatistics) -> Tensor | None:
+        """Return the optimal loss (bins,) in the tracker's unit; None without a curve."""
+        return None if self.curve is None else floor_by_bin(statistics.edges, self.curve, self.sampler.density)
 
     def make_tracker(self, **options: Any) -> snrweights.LossVarianceTracker:
         """Return a tracker of the error of epsilon, whatever the model predicts."""

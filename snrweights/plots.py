@@ -167,12 +167,14 @@ def _mean_on(density: Density, log_snr: Tensor, weight: Tensor) -> float:
 def plot_loss_by_noise(
     statistics: LossStatistics,
     validations: Mapping[int, tuple[Sequence[float], Sequence[float]]] | None = None,
+    floor: Tensor | None = None,
 ) -> Figure:
     """Draw mean and standard deviation of the unweighted loss over log-SNR; beside it the held-out loss, if any.
 
     Args:
         statistics: of a tracker.
         validations: step -> (log-SNR, mean loss) on held-out data; without it the right side has the sample counts.
+        floor: (bins,) the optimal loss of the training data, in the tracker's unit; NaN where it is not known.
 
     Example:
         >>> from snrweights.tracking import LossVarianceTracker
@@ -191,6 +193,8 @@ def plot_loss_by_noise(
     left.plot(centres, mean, color=_COLOURS[0], marker="o", ms=3, label="mean")
     left.plot(centres, deviation, color=_COLOURS[1], marker="s", ms=3, ls="--", label="standard deviation")
     left.set_yscale("log")
+    if floor is not None:
+        _draw_floor(left, centres, floor[seen])
     left.legend(frameon=False, fontsize=9)
     _finish(left, "training: unweighted loss by noise level", label)
     if validations:
@@ -202,6 +206,14 @@ def plot_loss_by_noise(
     right.bar(centres.tolist(), statistics.count[seen].tolist(), width=0.9 * width, color=_COLOURS[5])
     _finish(right, "where the samples were", "samples per bin")
     return figure
+
+
+def _draw_floor(ax: Axes, centres: Tensor, floor: Tensor) -> None:
+    """Draw the optimal loss, which falls to nothing at the clean end, without letting it set the scale."""
+    low, high = ax.get_ylim()
+    shown = torch.where(floor > 0, floor, torch.nan)
+    ax.plot(centres, shown, color=_COLOURS[6], ls=_STYLES[2], lw=1.2, label="optimal")
+    ax.set_ylim(low, high)
 
 
 def _draw_validations(ax: Axes, validations: Mapping[int, tuple[Sequence[float], Sequence[float]]]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from snrweights.charts import DASHED, Line, bar_chart, extent, heat_map, line_chart, number, shares
+from snrweights.optimal import floor_by_bin
 from snrweights.plots import FEW, relative_weight
 from snrweights.predictions import LIMIT, log_error_ratio
 from snrweights.runs import Run
@@ -35,12 +36,13 @@ def training(runs: Sequence[Run]) -> Iterable[str]:
     for key, title, y_label, note in (
         ("loss", "Training loss (weighted)", "loss", own_weight),
         ("validation_loss", "Held-out loss (unweighted)", "loss", ""),
+        ("gap", "Gap to the optimal loss", "loss", "Unweighted, each on its run's own target; its noise included."),
         ("lr", "Learning rate", "rate", ""),
     ):
         series = [(i, run.name, *run.series(key)) for i, run in enumerate(runs)]
         lines = [Line(name, x, y, i) for i, name, x, y in series if x]
         if lines:
-            yield line_chart(title, lines, x_label="step", y_label=y_label, log=key != "lr", note=note)
+            yield line_chart(title, lines, x_label="step", y_label=y_label, log=key not in ("lr", "gap"), note=note)
     yield from _distances(runs)
 
 
@@ -70,9 +72,11 @@ def by_noise(run: Run, seen: LossStatistics | None) -> Iterable[str]:
         both = [seen] if run.curve is None else [seen, seen.times(relative_weight(seen, run.curve))]
         curves = [_moments(statistics) for statistics in both]
         within = _positive(y for lines in curves for line in lines for y in line.y)
+        optimal = _optimal(run, seen, within)
         for title, lines, unit in zip(("Unweighted", "Weighted"), curves, (_unit(seen.unit), "loss"), strict=False):
             note = "" if title == "Unweighted" else "Times the weight, scaled to mean 1 over the losses seen."
-            yield line_chart(title, lines, x_label=_LOG_SNR, y_label=unit, y_extent=within, note=note)
+            shown = [*lines, *optimal] if title == "Unweighted" else lines
+            yield line_chart(title, shown, x_label=_LOG_SNR, y_label=unit, y_extent=within, note=note)
         filled = (seen.count > 0).nonzero().flatten().tolist()
         low, high = filled[0], filled[-1] + 1
         yield bar_chart(
@@ -102,6 +106,15 @@ def _moments(statistics: LossStatistics) -> list[Line]:
         Line("mean", centres, statistics.mean[seen].tolist()),
         Line("standard deviation", centres, _deviation(statistics)[seen].tolist(), index=DASHED + 1),
     ]
+
+
+def _optimal(run: Run, seen: LossStatistics, within: tuple[float, float] | None) -> list[Line]:
+    """Return the optimal loss of the training data as a line, where it is not below the others' scale."""
+    if run.optimal is None or run.curve is None or seen.unit is None or within is None:
+        return []
+    floor = floor_by_bin(seen.edges, run.optimal, run.curve.density, seen.unit, run.curve.sigma_data)
+    shown = (seen.count > 0) & (floor >= within[0])
+    return [Line("optimal", seen.centres[shown].tolist(), floor[shown].tolist(), index=2)]
 
 
 def _deviation(statistics: LossStatistics) -> torch.Tensor:

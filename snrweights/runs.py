@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
+from snrweights.optimal import OptimalLossCurve
 from snrweights.settings import parse_settings
 from snrweights.statistics import LossStatistics
 from snrweights.tracking import LossVarianceTracker
@@ -53,6 +54,7 @@ class Run:
         tracker: the loss by noise level.
         curve: the weight, if the options say which and it is registered.
         no_curve: why there is no weight.
+        optimal: the optimal loss of the training data, if the run measured it.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Run:
     tracker: LossVarianceTracker | None = None
     curve: WeightCurve | None = None
     no_curve: str = ""
+    optimal: OptimalLossCurve | None = None
 
     def statistics(self) -> LossStatistics | None:
         """Return what the tracker saw in the second half of training, if it kept snapshots, else in all of it."""
@@ -160,6 +163,7 @@ def _read_run(folder: Path, name: str) -> Run:
         tracker=_tracker(folder),
         curve=curve,
         no_curve=no_curve,
+        optimal=OptimalLossCurve.load(floor) if (floor := folder / "optimal_loss.safetensors").is_file() else None,
     )
 
 

@@ -16,7 +16,7 @@ FLOORS = [
     {"schedulers", "densities", "process", "statistics", "tracker_state", "uncertainty"}
     | {"optimal.controls", "optimal.curve", "optimal.pairs", "optimal.reference"},
     {"drawn", "tracking", "uniforms", "optimal.small_noise"},
-    {"quantiles", "history", "weightings.bound", "optimal.estimator"},
+    {"quantiles", "history", "weightings.bound", "optimal.estimator", "optimal.gap"},
     {"weightings.base", "optimal.subsets"},
     {"optimal"},
     {

@@ -253,8 +253,6 @@ def test_a_folder_with_a_tracker_alone_is_enough_and_says_what_is_not_there(tmp_
     assert "No weighted loss: there is no config.yaml." in shown.text
     assert "No heat map over steps: the tracker has no snapshots." in shown.text
     assert [label.partition(":")[0] for label in shown.charts()] == [
-        "Line chart. Distance to the data, fd_pixels_100",
-        "Line chart. Distance to the data, kid_pixels_100",
         "Line chart. Unweighted",
         "Bar chart. Where the losses were",
     ]

@@ -7,5 +7,6 @@ Source: Xu et al. 2025, arXiv 2506.13763.
 
 from snrweights.optimal.curve import OptimalLossCurve
 from snrweights.optimal.estimator import optimal_loss
+from snrweights.optimal.gap import GapByBin, floor_by_bin, gap_by_bin
 
-__all__ = ["OptimalLossCurve", "optimal_loss"]
+__all__ = ["GapByBin", "OptimalLossCurve", "floor_by_bin", "gap_by_bin", "optimal_loss"]
