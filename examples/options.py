@@ -29,7 +29,7 @@ class DataOptions:
     """What to train on."""
 
     dataset: str = "digits"
-    """Hub name, folder of images, data set saved to disk, or digits."""
+    """Hub name, folder of images or of IDX files, data set saved to disk, or digits."""
     dataset_config_name: str | None = None
     """Configuration of a hub data set."""
     split: str = "train"

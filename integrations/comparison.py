@@ -59,7 +59,7 @@ class Comparison:
             if not 2 <= count <= min(len(samples), len(self._order)):
                 limits = f"{len(samples)} samples and {len(self._order)} images"
                 raise ValueError(f"`counts` must each be at least 2 and at most the {limits} there are, got {count}.")
-        results = {}
+        results: dict[str, float] = {}
         for name, extract in self._extractors.items():
             parts = samples[: max(counts)].split(self._batch_size)
             generated = torch.cat([extract(to_floats(part)) for part in parts])

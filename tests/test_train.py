@@ -189,6 +189,8 @@ PARAMETERS = {
     "cifar10-edm": 35_746_307,
     "cifar100-edm": 35_746_307,
     "celeba64-cosine": 78_700_803,
+    "cifar10-edm-optimal": 59_024_643,
+    "cifar10-flow-optimal": 59_024_643,
     "fashion-mnist": 651_041,
 }
 
