@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit(f"`--{name}` must be >= 1, got {getattr(settings, name)}.")
     study = load_study(settings.study)
     only = chosen(study, settings.only)
-    runs = [run for run in study.runs() if run.matches(only)]
+    runs = [run for run in study.runs if run.matches(only)]
     if not runs:
         raise SystemExit(f"{study.name!r} has no run with {' '.join(settings.only)}.")
     output = settings.results_dir / study.name
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     records = list(read_records(place.records).values())
     if records:
         write_report(study, records, output, command_again([settings.study]))
-    print(f"{len(records)} of {len(study.runs())} runs are done; what they say is in {output}/README.md.")
+    print(f"{len(records)} of {len(study.runs)} runs are done; what they say is in {output}/README.md.")
     if runner.failed:
         print(f"Failed: {', '.join(runner.failed)}.")
     if runner.stopped:

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ class Study:
     claims: list[dict[str, Any]] = field(default_factory=list)
     notes: str = ""
 
+    @cached_property
     def runs(self) -> list[Run]:
         """Return the runs, seeds outermost so that an unfinished study has whole seeds."""
         arms = dict.fromkeys(

@@ -154,9 +154,12 @@ def matching(records: Iterable[Record], one: Where, other: Where, reference: Whe
 
 @effect
 def wider(records: Iterable[Record], one: Where, other: Where, metric: str) -> dict[int, Bounds]:
-    """How much further the one's last value lies from its median over seeds: what Brown & Forsythe compare."""
+    """How much further the one's last value lies from its median over seeds: what Brown & Forsythe compare.
+
+    Two values are always equally far from their median: fewer than three say nothing.
+    """
     pairs = {seed: found[0] for seed, found in groups(records, [one, other]).items()}
-    if not pairs:
+    if len(pairs) < 3:
         return {}
     values = np.array([[record.last(metric) for record in pair] for pair in pairs.values()])
     away = np.abs(values - np.median(values, axis=0))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 STYLES = ("-", "--", "-.", ":")
@@ -149,6 +150,8 @@ def scaling(panels: Mapping[str, tuple[Series, Series]], unit: str) -> Figure:
         ax.plot(*zip(*points, strict=True), "o", color=COLOURS[0], ms=4, label="a run")
         ax.plot(*zip(*fitted, strict=True), color=COLOURS[1], label="power law")
         ax.set(title=title, xlabel=unit, ylabel="loss", xscale="log", yscale="log")
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_minor_locator(LogLocator(subs=(2, 5)))
         ax.grid(alpha=0.25, which="both")
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False, fontsize=9)

@@ -36,7 +36,7 @@ def write_report(study: Study, records: Sequence[Record], output: Path, command:
         SystemExit: the study asks for an analysis that does not exist.
     """
     output.mkdir(parents=True, exist_ok=True)
-    names = {run.name for run in study.runs()}
+    names = {run.name for run in study.runs}
     records = [record for record in records if record.run in names]
     judged = judge(study, records)
     sections = analysed(study, records)
@@ -78,7 +78,7 @@ def page(
     study: Study, judged: Sequence[Judged], sections: Sequence[Section], records: Sequence[Record], command: str
 ) -> str:
     """Return the report in Markdown."""
-    total = len(study.runs())
+    total = len(study.runs)
     parts = [f"# {study.title}\n", f"{study.question.strip()}\n"]
     if len(records) < total:
         parts.append(f"**Unfinished: {len(records)} of {total} runs are done.**\n")

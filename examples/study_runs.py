@@ -96,7 +96,7 @@ def check_unchanged(study: Study, place: Place) -> None:
         SystemExit: naming the run and what changed.
     """
     records = read_records(place.records)
-    for run in study.runs():
+    for run in study.runs:
         asked = place.folder(run) / ASKED
         before: dict[Any, dict[str, Any]] = {}
         if run.name in records:
@@ -221,7 +221,7 @@ class Runner:
         except IncompleteError as error:
             self._fail(run, str(error))
             return
-        add_record(self.place.records, record, [run.name for run in self.study.runs()], self.place.lock)
+        add_record(self.place.records, record, [run.name for run in self.study.runs], self.place.lock)
         numbers = ", ".join(f"{name} {record.last(name):.4g}" for name in record.series)
         print(f"{run.name}: done in {record.seconds:.0f} s, {numbers}", flush=True)
 
@@ -257,7 +257,7 @@ def seconds_left(study: Study, runs: list[Run], records: dict[str, Record]) -> f
     Example:
         >>> from studies import load_study
         >>> study = load_study("digits")
-        >>> seconds_left(study, study.runs()[:2], {}) == 2 * study.seconds
+        >>> seconds_left(study, study.runs[:2], {}) == 2 * study.seconds
         True
     """
 

@@ -87,7 +87,7 @@ def test_a_study_is_run_and_told(uninterrupted):
     output = uninterrupted / "results" / "tiny_study"
     assert {path.name for path in output.iterdir()} == {"README.md", "results.json", "runs.jsonl", "1-course.png"}
     records = read_records(output / "runs.jsonl")
-    names = [run.name for run in studies.load_study(str(TINY)).runs()]
+    names = [run.name for run in studies.load_study(str(TINY)).runs]
     assert list(records) == names
     assert len(names) == 8
     one = records["linear-min_snr-s1"]
@@ -239,7 +239,7 @@ def test_what_cannot_be_is_refused(argv, said, tmp_path):
 )
 def test_a_study_file_with_a_mistake_is_refused(change, said, tmp_path):
     with pytest.raises(SystemExit, match=said):
-        studies.load_study(str(changed(tmp_path, change))).runs()
+        assert studies.load_study(str(changed(tmp_path, change))).runs
 
 
 @pytest.mark.slow

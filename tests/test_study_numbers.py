@@ -142,6 +142,8 @@ def test_wider_is_the_distance_from_the_median():
     found = [record(s, m, [1, 1, 1, v[s - 1]]) for m, v in values.items() for s in (1, 2, 3)]
     wider = study_claims.wider(found, {"method": "min_snr"}, {"method": "ddpm"}, "fd")
     assert wider == {1: (1.0, 1.0), 2: (0.0, 0.0), 3: (7.0, 7.0)}
+    two = [one for one in found if one.seed < 3]
+    assert study_claims.wider(two, {"method": "min_snr"}, {"method": "ddpm"}, "fd") == {}
 
 
 def test_a_power_law_is_found_once_the_floor_is_subtracted():
