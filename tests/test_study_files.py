@@ -17,7 +17,7 @@ from snrweights.integrations.config import parse_options
 from snrweights.integrations.features import DISTANCE_NAMES
 from studies import PRESETS, STUDIES
 from studies import load_study as read_study
-from study_report import DEFAULTS
+from study_report import DEFAULTS, write_report
 from trainer import make_model
 
 load_study = functools.cache(read_study)
@@ -157,3 +157,20 @@ def test_a_dry_run_lists_every_run(name, tmp_path, capsys, monkeypatch):
     assert f"{len(runs)} runs: {len(runs)} to do." in said
     assert ("hours are left" in said) == (name in HERE)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_guide_has_every_study_effect_and_analysis():
+    guide = (EXAMPLES / "guides" / "experiments.md").read_text()
+    assert [name for name in (*NAMES, *study_claims.EFFECTS, *ANALYSES) if f"`{name}`" not in guide] == []
+
+
+def test_the_study_of_the_guide_is_one(tmp_path):
+    guide = (EXAMPLES / "guides" / "experiments.md").read_text()
+    path = tmp_path / "my-study.yaml"
+    path.write_text(guide.split("```yaml\n")[1].split("```")[0])
+    study = read_study(str(path))
+    assert len(study.runs) == 6
+    assert options_of(study.runs[0]).output.features == ("lite0",)
+    assert study.claims[0]["effect"] in study_claims.EFFECTS
+    write_report(study, [], tmp_path, "")
+    assert "**no runs yet**" in (tmp_path / "README.md").read_text()
