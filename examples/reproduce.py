@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from studies import Study, known, load_study
-from study_records import read_records
+from studies import Run, Study, known, load_study
+from study_records import held, read_records
 from study_report import write_report
 from study_runs import SCRIPT, Place, Runner, check_unchanged, command_again, seconds_left, state_of
 
@@ -102,7 +102,8 @@ def main(argv: list[str] | None = None) -> None:
         runner.make(runs)
     records = list(read_records(place.records).values())
     if records:
-        write_report(study, records, output, command_again([settings.study]))
+        with held(place.lock):
+            write_report(study, records, output, command_again([settings.study]))
     print(f"{len(records)} of {len(study.runs)} runs are done; what they say is in {output}/README.md.")
     if runner.failed:
         print(f"Failed: {', '.join(runner.failed)}.")
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(1)
 
 
-def say_what_is_left(study: Study, runs: list, place: Place, jobs: int) -> None:
+def say_what_is_left(study: Study, runs: list[Run], place: Place, jobs: int) -> None:
     """Print every run with its state, and the time that is left."""
     records = read_records(place.records)
     states = {run.name: state_of(run, place, records) for run in runs}

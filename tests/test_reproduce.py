@@ -42,8 +42,9 @@ def run(folder, *argv, **options):
     return SimpleNamespace(returncode=code, stdout=said.getvalue())
 
 
-def start(folder, *argv):
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+def start(folder, *argv, pause="0.03"):
+    environment = {**os.environ, "STUB_PAUSE": pause}
+    pipes = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     script = [sys.executable, str(EXAMPLES / "reproduce.py")]
     return subprocess.Popen([*script, *command(folder, *argv)], start_new_session=True, **pipes)
 
@@ -131,7 +132,7 @@ def test_killed_at_three_moments_it_ends_with_the_same_table(uninterrupted, tmp_
 
 def test_training_that_outlives_a_killed_study_is_waited_for(uninterrupted, tmp_path):
     """The lock is the training's as well: a second study must not train in the same folder."""
-    process = start(tmp_path, "--jobs", "3")
+    process = start(tmp_path, "--jobs", "3", pause="0.6")
     wait_for(lambda: len(trainings(tmp_path)) == 3)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
@@ -151,14 +152,15 @@ def test_two_at_once_share_the_runs(uninterrupted, tmp_path):
 
 
 def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(uninterrupted, tmp_path):
-    process = start(tmp_path, "--jobs", "2")
-    wait_for(lambda: list(tmp_path.rglob("checkpoint")))
+    process = start(tmp_path, "--jobs", "2", pause="0.6")
+    wait_for(lambda: len(list(tmp_path.rglob("checkpoint"))) == 2)
     os.kill(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGINT
     assert f"Go on with: python examples/reproduce.py {TINY} --runs-dir" in said
     assert "failed" not in said
     assert not trainings(tmp_path)
+    assert all(0 < int(checkpoint.read_text()) < 8 for checkpoint in tmp_path.rglob("checkpoint"))
     assert run(tmp_path, "--jobs", "4").returncode == 0
     assert results(tmp_path) == results(uninterrupted)
 

@@ -47,7 +47,7 @@ def distance(step):
 
 
 for step in range(start + 1, known.max_steps + 1):
-    time.sleep(0.04)
+    time.sleep(float(os.environ.get("STUB_PAUSE", "0.03")))
     if step % 2 == 0:
         with metrics.open("a") as file:
             file.write(json.dumps({"step": step, "fd_pixels": distance(step)}) + "\n")
