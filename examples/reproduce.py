@@ -1,8 +1,8 @@
 """Run a study of examples/studies, or go on with it, and write its tables and figures.
 
-python examples/reproduce.py digits --jobs 2
-python examples/reproduce.py digits --dry-run
-python examples/reproduce.py digits --analyse
+python examples/reproduce.py weights-digits --jobs 2
+python examples/reproduce.py weights-digits --dry-run
+python examples/reproduce.py weights-digits --analyse
 """
 
 from __future__ import annotations

@@ -256,7 +256,7 @@ def seconds_left(study: Study, runs: list[Run], records: dict[str, Record]) -> f
 
     Example:
         >>> from studies import load_study
-        >>> study = load_study("digits")
+        >>> study = load_study("weights-digits")
         >>> seconds_left(study, study.runs[:2], {}) == 2 * study.seconds
         True
     """

@@ -211,14 +211,14 @@ def test_a_dry_run_says_what_is_left_and_runs_nothing(tmp_path):
     ("argv", "said"),
     [
         (["digit"], r"Unknown study 'digit'; choose one of \['alsr-digits', "),
-        (["digits", "--only", "method"], r"`--only` takes AXIS=LEVEL, got 'method'"),
-        (["digits", "--only", "methods=ddpm"], r"Unknown 'methods' in `--only`; choose one of \['schedule', "),
-        (["digits", "--only", "seed=42"], r"Unknown '42' in `--only seed=...`; choose one of \['1001', "),
+        (["weights-digits", "--only", "method"], r"`--only` takes AXIS=LEVEL, got 'method'"),
+        (["weights-digits", "--only", "methods=ddpm"], r"Unknown 'methods' in `--only`; choose one of \['schedule', "),
+        (["weights-digits", "--only", "seed=42"], r"Unknown '42' in `--only seed=...`; choose one of \['1001', "),
         (
-            ["digits", "--only", "draws=stratified", "--only", "schedule=cosine"],
-            r"'digits' has no run with draws=strat",
+            ["weights-digits", "--only", "draws=stratified", "--only", "schedule=cosine"],
+            r"'weights-digits' has no run with draws=strat",
         ),
-        (["digits", "--jobs", "0"], "`--jobs` must be >= 1, got 0"),
+        (["weights-digits", "--jobs", "0"], "`--jobs` must be >= 1, got 0"),
     ],
 )
 def test_what_cannot_be_is_refused(argv, said, tmp_path):

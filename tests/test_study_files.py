@@ -32,7 +32,14 @@ def options_of(run):
 
 def test_the_studies_are_there():
     assert set(NAMES) >= {
-        *("digits", "fashion", "factorial-digits", "factorial-fashion", "alsr-digits", "scaling-digits"),
+        *(
+            "weights-digits",
+            "weights-fashion",
+            "factorial-digits",
+            "factorial-fashion",
+            "alsr-digits",
+            "scaling-digits",
+        ),
         *("optimal-digits", "cifar10-optimal"),
         *("cifar10-linear", "cifar10-cosine", "celeba64-cosine", "cifar10-edm-alsr", "cifar100-edm-alsr"),
     }
