@@ -29,7 +29,7 @@ class DataOptions:
     """What to train on."""
 
     dataset: str = "digits"
-    """Hub name, folder of images, data set saved to disk, or digits."""
+    """Hub name, folder of images or of IDX files, data set saved to disk, or digits."""
     dataset_config_name: str | None = None
     """Configuration of a hub data set."""
     split: str = "train"
@@ -170,8 +170,12 @@ class OutputOptions:
     """Optimizer steps between two checkpoints; 0: only when interrupted."""
     checkpoints_total_limit: int = 2
     """How many checkpoints are kept."""
-    num_samples: int = 800
-    """Images sampled at the end; at most half the data set's, so that there is a floor."""
+    num_samples: int = 700
+    """Images sampled at the end and compared with as many of the data set's."""
+    evaluation_steps: tuple[int, ...] = ()
+    """Optimizer steps after which, as at the end, images are sampled from the averaged weights and compared."""
+    evaluation_samples: tuple[int, ...] = ()
+    """Counts of images compared at these steps, and at the end as well (default: what is compared at the end)."""
     eval_batch_size: int = 100
     """Images sampled at once."""
     num_inference_steps: int = 50
@@ -216,13 +220,13 @@ def check_options(options: Options) -> None:
             *("data.resolution", "process.num_train_timesteps", "process.density_std", "process.sigma_data"),
             *("optimizer.max_steps", "optimizer.train_batch_size", "optimizer.gradient_accumulation_steps"),
             *("optimizer.learning_rate", "optimizer.max_grad_norm", "output.logging_steps", "output.eval_batch_size"),
-            *("output.checkpoints_total_limit", "sampler.importance_refresh"),
+            *("output.checkpoints_total_limit", "sampler.importance_refresh", "output.evaluation_steps"),
         ),
         ">= 0": (
             *("run.seed", "data.validation_images", "data.dataloader_num_workers", "model.num_classes"),
             *("optimizer.lr_warmup_steps", "output.validation_steps", "output.checkpointing_steps"),
         ),
-        "> 1": ("output.num_samples", "output.num_inference_steps"),
+        "> 1": ("output.num_samples", "output.evaluation_samples", "output.num_inference_steps"),
         "in [0, 1)": ("model.dropout", "model.class_dropout", "optimizer.ema_decay"),
         "in (0, 1]": ("sampler.importance_floor",),
     }
@@ -237,7 +241,8 @@ def check_options(options: Options) -> None:
         for name in names:
             section, field_name = name.split(".")
             value = getattr(getattr(options, section), field_name)
-            if value is not None and not holds[bound](value):
+            values = value if isinstance(value, tuple) else (value,)
+            if value is not None and not all(map(holds[bound], values)):
                 raise SystemExit(f"`--{field_name.replace('_', '-')}` must be {bound}, got {value}.")
     levels, attention = options.model.block_out_channels, options.model.attention
     if len(levels) != len(attention):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,27 +15,24 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from diffusers import UNet2DModel
+from evaluation import Evaluator
 from options import FREE, Options, check_options
-from snrweights.integrations import metrics
 from snrweights.integrations.accelerate import log_loss_by_noise
 from snrweights.integrations.checkpoint import CheckpointError, Checkpoints, StopSignal
+from snrweights.integrations.clock import Clock
 from snrweights.integrations.config import changed_options, parse_options, save_options
 from snrweights.integrations.data import ImageTensors, SeededBatches, detach_worker, load_images, split
 from snrweights.integrations.dry_run import shrink, stand_in, what_it_costs
-from snrweights.integrations.features import extractor
 from snrweights.integrations.floor import FILE, floor_of
 from snrweights.integrations.processes import PROCESSES
-from snrweights.integrations.results import MetricsLog, image_grid, save_results
-from snrweights.integrations.sampling import sample_images
+from snrweights.integrations.results import MetricsLog, save_results
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
-from trainer import MEASURE, SAMPLES, UNCERTAINTY, Trainer, make_weighting
+from trainer import UNCERTAINTY, Trainer, make_weighting
 
 import snrweights
 from snrweights import plots
 from snrweights.optimal import OptimalLossCurve
-from snrweights.seeds import generator
 from snrweights.settings import parse_settings
 
 PRESETS = Path(__file__).parent / "configs"
@@ -113,13 +109,11 @@ def train(options: Options) -> Trainer:
     options = with_measured(options, data, accelerator, curve)
     trainer = Trainer(options, accelerator, PROCESSES[options.process.process](options.process), curve)
     accelerator.print(f"Drawing timesteps with {trainer.sampler}.")
-    for features in options.output.features:
-        extractor(features, weights=options.output.inception_weights)  # missing, it is said now and not at the end
+    evaluator = Evaluator(options, trainer, data)  # features that are missing are named now and not at the end
     checkpoints = Checkpoints(output / "checkpoints", options.output.checkpoints_total_limit, accelerator)
 
     # sum and number of the losses since the last line: read when logged only, so that no step waits for the device
-    start, running = 0, torch.zeros(2, device=accelerator.device)
-    began = time.perf_counter()
+    start, running, seconds = 0, torch.zeros(2, device=accelerator.device), 0.0
     if options.run.resume:
         changes = changed_options(saved, options, free=FREE) if saved.exists() else []
         before, now = yaml.safe_load(saved.read_text()).get("global_batch") if saved.exists() else None, global_batch
@@ -130,7 +124,7 @@ def train(options: Options) -> Trainer:
         if found:
             start, state = checkpoints.load(found)
             running = trainer.restore(start, state)
-            began -= state["seconds"].item()
+            seconds = state["seconds"].item()
             accelerator.print(f"Resuming from {found}, step {start}.")
         else:
             accelerator.print(f"No checkpoint in {output}: starting at step 0.")
@@ -138,6 +132,7 @@ def train(options: Options) -> Trainer:
     if main_process:
         if not options.run.resume:
             checkpoints.clear()
+        (output / "results.json").unlink(missing_ok=True)  # there again when the run has ended
         output.mkdir(parents=True, exist_ok=True)
         save_options(options, saved, global_batch=global_batch)
         process = trainer.process
@@ -145,6 +140,9 @@ def train(options: Options) -> Trainer:
         labelled = {options.weight.method: trainer.weight.curve.weighting}
         plots.save(plots.plot_weights(process.schedule, labelled, **choices), output / "weights.png")
     log = MetricsLog(output / "metrics.jsonl", accelerator, keep_until=start)
+    clock = Clock(accelerator.device, seconds)
+    evaluator.go_on(log, clock)
+    evaluator.after(start)  # where the run ended between a checkpoint and the evaluation after the same step
 
     passes = range(
         start * settings.gradient_accumulation_steps, settings.max_steps * settings.gradient_accumulation_steps
@@ -177,44 +175,34 @@ def train(options: Options) -> Trainer:
             running.zero_()
             log_loss_by_noise(accelerator, trainer.tracker, step, since=(step - 1) * trainer.accumulation)
             gap = trainer.gap(since=(step - 1) * trainer.accumulation)
-            log.write(step, loss=loss, lr=trainer.learning_rate(step), **gap, seconds=time.perf_counter() - began)
+            log.write(step, loss=loss, lr=trainer.learning_rate(step), **gap, seconds=clock.seconds)
             progress.set_postfix(loss=f"{loss:.4f}")
         if held and (last or (options.output.validation_steps and step % options.output.validation_steps == 0)):
-            log.write_validation(step, trainer.validate(held))
+            with clock.paused():
+                log.write_validation(step, trainer.validate(held))
         signal = stop()
         every = options.output.checkpointing_steps
         if signal or (every and (last or step % every == 0)):
-            seconds = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
-            checkpoints.save(step, {**trainer.state(running), "seconds": seconds})
+            now = torch.tensor(clock.seconds, dtype=torch.float64)
+            checkpoints.save(step, {**trainer.state(running), "seconds": now})
         if signal:
             accelerator.print(f"Stopped by signal {signal} after step {step}; go on with --resume latest.")
             accelerator.end_training()
             raise SystemExit(128 + signal)
+        if not last:
+            evaluator.after(step)
     progress.close()
     stop.restore()
-    finish(options, trainer, data, log, seconds=time.perf_counter() - began)
+    finish(options, trainer, evaluator, log)
     accelerator.end_training()
     return trainer
 
 
-def finish(options: Options, trainer: Trainer, data: Subset, log: MetricsLog, seconds: float) -> None:
+def finish(options: Options, trainer: Trainer, evaluator: Evaluator, log: MetricsLog) -> None:
     """Write model, samples, figures and results, all of the averaged weights."""
     output, accelerator = Path(options.run.output_dir), trainer.accelerator
     trainer.save_model(output / "model")
-    unet = UNet2DModel.from_pretrained(output / "model" / "unet")
-    count = min(options.output.num_samples, len(data) // 2)
-    denoiser = trainer.process.wrap(unet.to(accelerator.device).eval())
-    samples = sample_images(
-        trainer.process,
-        denoiser,
-        (count, options.data.channels, options.data.resolution, options.data.resolution),
-        noise=lambda i: generator(options.run.seed, SAMPLES, i),
-        steps=options.output.num_inference_steps,
-        classes=options.model.num_classes,
-        guidance_scale=options.output.guidance_scale,
-        batch_size=options.output.eval_batch_size,
-        accelerator=accelerator,
-    )
+    evaluator.after(options.optimizer.max_steps)
     trainer.tracker.sync()
     trainer.sampler.sync()
     if not accelerator.is_main_process:
@@ -231,16 +219,8 @@ def finish(options: Options, trainer: Trainer, data: Subset, log: MetricsLog, se
         learnt = snrweights.LearnedUncertainty.load(output / UNCERTAINTY)
         figure = plots.plot_uncertainty(learnt, second_half, trainer.weight.curve)
         plots.save(figure, output / "uncertainty.png")
-    image_grid(samples[:100]).save(output / "samples.png")
-    results = metrics.compare(
-        samples,
-        data,
-        features=options.output.features,
-        order=generator(options.run.seed, MEASURE),
-        batch_size=options.output.eval_batch_size,
-        device=accelerator.device,
-        weights=options.output.inception_weights,
-    )
+    results = log.evaluations()[options.optimizer.max_steps]
+    seconds = results.pop("seconds")
     facts = {}
     if isinstance(trainer.sampler, snrweights.ImportanceSampler):
         facts["sampling"] = asdict(trainer.sampler.predicted())
@@ -255,7 +235,11 @@ def finish(options: Options, trainer: Trainer, data: Subset, log: MetricsLog, se
         **facts,
         **results,
     )
-    shown = ", ".join(f"{key} {value:.4g}" for key, value in results.items() if "error" not in key)
+    shown = ", ".join(
+        f"{key} {value:.4g}"
+        for key, value in results.items()
+        if key.startswith(("fid", "fd_", "kid")) and "error" not in key
+    )
     print(f"{shown}. Everything is in {output}/")
 
 

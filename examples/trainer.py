@@ -41,8 +41,13 @@ NOISE, VALIDATION, SAMPLES, MEASURE, _, DROPOUT = range(1, 7)  # streams of rand
 
 def make_model(options: Options) -> UNet2DModel:
     """Return the network, its weights drawn from the seed."""
-    model = options.model
     torch.manual_seed(options.run.seed)
+    return make_network(options)
+
+
+def make_network(options: Options) -> UNet2DModel:
+    """Return the network, its weights drawn from the global random numbers."""
+    model = options.model
     unet = UNet2DModel(
         sample_size=options.data.resolution,
         in_channels=options.data.channels,
@@ -328,17 +333,27 @@ class Trainer:
         self.weight.load_state_dict(_under("weight.", state))
         return state["running"].to(self.accelerator.device)
 
+    def averaged(self) -> tuple[nn.Module, LearnedUncertainty | None]:
+        """Return the wrapped network with averaged weights, and the uncertainty, if any; every process calls it.
+
+        Both are whole on each process, however the model that is trained is sharded. That, and the global random
+        numbers, are left as they are.
+        """
+        with torch.random.fork_rng(devices=()):
+            network = self.process.wrap(make_network(self.options))
+        learnt = self.options.weight.learned_uncertainty
+        uncertainty = LearnedUncertainty(seed=self.options.run.seed) if learnt else None
+        modules = nn.ModuleList([network, uncertainty] if learnt else [network])  # in the order of WithUncertainty
+        for parameter, value in zip(modules.parameters(), self.ema.shadow_params, strict=True):
+            parameter.data = whole(value).clone()
+        return network, uncertainty
+
     def save_model(self, folder: Path) -> None:
         """Save the averaged weights as a pipeline, and the uncertainty beside it; every process calls it."""
-        self.ema.copy_to(self.model.parameters())
-        weights = self.accelerator.get_state_dict(self.model)
+        network, uncertainty = self.averaged()
         if self.accelerator.is_main_process:
-            unet = make_model(self.options)
-            unet.load_state_dict(_below("model.", weights))
-            DDPMPipeline(unet, self.process.scheduler).save_pretrained(folder)
-            if self.options.weight.learned_uncertainty:
-                uncertainty = LearnedUncertainty(seed=self.options.run.seed)
-                uncertainty.load_state_dict(_below("uncertainty.", weights))
+            DDPMPipeline(network.model, self.process.scheduler).save_pretrained(folder)
+            if uncertainty is not None:
                 uncertainty.save(folder.parent / UNCERTAINTY)
         self.accelerator.wait_for_everyone()
 
@@ -346,8 +361,3 @@ class Trainer:
 def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the part of a state under a prefix."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
-def _below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the part of a state below a prefix, whatever wrappers put before it."""
-    return {name.split(prefix, 1)[1]: value for name, value in state.items() if prefix in name}

@@ -1,8 +1,9 @@
-"""Images from ``datasets``: a hub name, a folder, a saved data set or scikit-learn's digits, as tensors in [-1, 1]."""
+"""Images from ``datasets``: a hub name, a folder, IDX files, a saved data set or the digits, as tensors in [-1, 1]."""
 
 from __future__ import annotations
 
 import io
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from snrweights.integrations.idx import idx_splits, load_idx
 from torch import Tensor
 
 from snrweights.seeds import generator
@@ -25,7 +27,7 @@ def load_images(
 
     Args:
         source: ``"digits"`` (scikit-learn's 1797 grey 8x8 digits, nothing to download), a folder of images, a folder
-            written by ``save_to_disk``, or a name on the hub.
+            of IDX files as MNIST and Fashion-MNIST come in, one written by ``save_to_disk``, or a name on the hub.
         name: configuration of a hub data set.
         split: which split.
         column: the column that holds the images.
@@ -39,6 +41,8 @@ def load_images(
         data = _digits()
     elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         data = datasets.load_from_disk(str(path))
+    elif idx := idx_splits(path):
+        data = {name: load_idx(images) for name, images in idx.items() if name == split} or dict.fromkeys(idx)
     elif path.is_dir():
         data = datasets.load_dataset("imagefolder", data_dir=str(path))
     else:
@@ -72,10 +76,15 @@ def _from_hub(source: str, name: str | None) -> Any:
         raise FileNotFoundError(f"`dataset` {source!r} is neither a folder here nor a hub data set: {reason}") from None
 
 
+_SMALL = 2**26  # bytes of images that are kept decoded, by each of the loader's workers
+_UNREAD = -1  # in place of the class of an image that is not decoded yet
+
+
 class ImageTensors(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     """The images of a data set as (channels, resolution, resolution) float32 tensors in [-1, 1], each with its class.
 
-    The shorter side is scaled to ``resolution`` and the middle cut out; an image that fits is left as it is.
+    The shorter side is scaled to ``resolution`` and the middle cut out; an image that fits is left as it is. Where all
+    images fit into 64 MiB, each is decoded once.
 
     Args:
         data: from ``load_images``.
@@ -110,16 +119,26 @@ class ImageTensors(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         self._column, self._label_column, self._num_classes = column, label_column, num_classes
         self._resolution = resolution
         self._mode = modes[channels]
+        shape = (len(data), channels, resolution, resolution)
+        self._decoded = torch.empty(shape, dtype=torch.uint8) if math.prod(shape) <= _SMALL else None
+        self._labels = torch.full((len(data),), _UNREAD)
 
     def __len__(self) -> int:
         return len(self._cells)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         pixels, label = self.pixels(index)
-        return pixels / 127.5 - 1, torch.tensor(label)
+        return pixels / 127.5 - 1, label
 
-    def pixels(self, index: int) -> tuple[Tensor, int]:
+    def pixels(self, index: int) -> tuple[Tensor, Tensor]:
         """Return an image as bytes, uint8 (channels, resolution, resolution), and its class."""
+        if self._decoded is None:
+            return self._read(index)
+        if self._labels[index] == _UNREAD:
+            self._decoded[index], self._labels[index] = self._read(index)
+        return self._decoded[index], self._labels[index].clone()
+
+    def _read(self, index: int) -> tuple[Tensor, Tensor]:
         row = self._cells[index]
         cell, label = row[self._column], row[self._label_column] if self._label_column else 0
         if self._label_column and not (isinstance(label, int) and 0 <= label < self._num_classes):
@@ -130,7 +149,7 @@ class ImageTensors(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
             where = f" ({cell['path']})" if cell and cell.get("path") else ""
             raise ValueError(f"Image {index} of the data set{where} cannot be decoded: {error}") from None
         pixels = torch.from_numpy(np.array(image)).reshape(self._resolution, self._resolution, -1)
-        return pixels.permute(2, 0, 1), label
+        return pixels.permute(2, 0, 1), torch.tensor(label)
 
 
 def open_image(cell: dict[str, Any]) -> Image.Image:

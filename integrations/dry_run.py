@@ -26,6 +26,11 @@ def shrink(options: Any) -> Iterator[Any]:
         small.run.output_dir, small.run.resume, small.run.overwrite = folder, None, True
         small.optimizer.max_steps = small.output.checkpointing_steps = small.optimizer.gradient_accumulation_steps = 1
         small.optimizer.train_batch_size = small.output.num_samples = small.output.num_inference_steps = 2
+        small.output.evaluation_steps = small.output.evaluation_samples = ()
+        small.model.compile = False  # takes minutes, and counts no FLOPs
+        if not torch.cuda.is_available():
+            small.optimizer.mixed_precision = "no"  # which a CPU emulates, twenty times as slowly
+        small.data.dataloader_num_workers = min(small.data.dataloader_num_workers, 1)
         small.output.features = _available(small.output.features, small.output.inception_weights)
         small.data.validation_images = min(small.data.validation_images, 1)
         if small.output.optimal_loss != "none":

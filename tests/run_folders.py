@@ -47,15 +47,16 @@ def make_run(path, method="min_snr", settings=("gamma=5",), seed=0, **tracker):
     lines = [{"step": n, "loss": 1 / n + 0.01 * seed, "lr": 0.002 / n, "seconds": 0.1 * n} for n in range(10, 41, 10)]
     held_out = {"log_snr": [-4.0, 0.0, 4.0], "validation_loss_by_log_snr": [0.01, 0.2, 0.9]}
     lines += [{"step": n, "validation_loss": 0.37 + 1 / n, **held_out} for n in (20, 40)]
+    lines += [{"step": n, "evaluation_seconds": 1.0, "fd_pixels_100": 90 / n, "kid_pixels_100": 0.5} for n in (20, 40)]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     results = {
         "method": method,
         "hyperparameters": parse_settings(settings),
         "count": 100,
-        "fd_pixels": 4.386123456 + seed,
-        "fd_pixels_real_vs_real": 3.06,
-        "kid_pixels": 0.0979,
-        "kid_pixels_standard_error": 0.0024,
+        "fd_pixels_100": 4.386123456 + seed,
+        "fd_pixels_100_real_vs_real": 3.06,
+        "kid_pixels_100": 0.0979,
+        "kid_pixels_100_standard_error": 0.0024,
         "_timestamp": "2026-01-01T00:00:00",
     }
     (path / "results.json").write_text(json.dumps(results))

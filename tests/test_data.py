@@ -1,5 +1,8 @@
 """Images from every kind of source, and what is said when they are not there."""
 
+import gzip
+import struct
+
 import datasets
 import numpy as np
 import pytest
@@ -31,6 +34,83 @@ def test_image_folder_is_resized_cropped_and_converted(folder):
     assert data[2][0].shape == (1, 5, 5)
     torch.testing.assert_close(data[2][0], torch.full((1, 5, 5), 80 / 127.5 - 1))
     assert ImageTensors(load_images(str(folder)), "image", 16, 3)[0][0].shape == (3, 16, 16)
+
+
+def write_idx(path, magic, array, cut=0):
+    data = struct.pack(f">{1 + array.ndim}I", magic, *array.shape) + array.tobytes()
+    data = data[: len(data) - cut]
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+@pytest.fixture(params=[".gz", ""], ids=["compressed", "plain"])
+def idx(request, tmp_path):
+    """A folder with the files of Fashion-MNIST, of 5 and of 2 images."""
+    stream = np.random.default_rng(0)
+    for prefix, count in (("train", 5), ("t10k", 2)):
+        images = stream.integers(0, 256, (count, 28, 26), dtype=np.uint8)
+        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte{request.param}", 0x803, images)
+        labels = np.arange(count, dtype=np.uint8) % 10
+        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte{request.param}", 0x801, labels)
+    return tmp_path, request.param
+
+
+def test_idx_files_are_read_as_they_are(idx):
+    folder, end = idx
+    stream = np.random.default_rng(0)
+    for split, count in (("train", 5), ("test", 2)):
+        expected = torch.from_numpy(stream.integers(0, 256, (count, 28, 26), dtype=np.uint8)[:, 1:27])
+        data = ImageTensors(load_images(str(folder), split=split), "image", 26, 1, "label", 10)
+        assert len(data) == count
+        for i in (*range(count), 0):  # the first again: it is kept decoded
+            torch.testing.assert_close((data[i][0][0] + 1) * 127.5, expected[i].float())
+            assert data[i][1] == i
+    with pytest.raises(ValueError, match=r"`split` 'valid' is not in .*\['train', 'test'\]"):
+        load_images(str(folder), split="valid")
+    (folder / f"train-labels-idx1-ubyte{end}").unlink()
+    with pytest.raises(FileNotFoundError, match="train-labels-idx1-ubyte"):
+        load_images(str(folder))
+
+
+def test_damaged_idx_files_are_named(tmp_path):
+    images, labels = np.zeros((3, 4, 4), np.uint8), np.zeros(3, np.uint8)
+    paths = [tmp_path / f"train-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
+
+    def refused(said):
+        with pytest.raises(ValueError, match=said):
+            load_images(str(tmp_path))
+
+    write_idx(paths[0], 0x801, images)
+    refused(r"train-images-idx3-ubyte.gz' is not an IDX file of images: its magic number is 0x0801, not 0x0803")
+    write_idx(paths[0], 0x803, images, cut=1)
+    refused(r"of images: after its header are 47 bytes, not those of the shape \[3, 4, 4\]")
+    paths[0].write_bytes(b"\x1f\x8b and then no more")
+    refused("train-images-idx3-ubyte.gz' is not an IDX file of images")
+    paths[0].write_bytes(gzip.compress(b""))
+    refused("its magic number is 0x0000")
+    write_idx(paths[0], 0x803, images)
+    write_idx(paths[1], 0x801, labels[:2])
+    refused("train-labels-idx1-ubyte.gz' has 2 labels for 3 images")
+
+
+def test_shrinking_averages_what_it_takes_together():
+    """A pattern of single pixels becomes grey, not another pattern."""
+    board = (np.indices((28, 28)).sum(0) % 2 * 255).astype(np.uint8)
+    data = datasets.Dataset.from_dict({"image": [Image.fromarray(board)]}).cast_column(
+        "image", datasets.Image(decode=False)
+    )
+    assert ImageTensors(data, "image", 16, 1)[0][0].abs().max() < 0.15
+
+
+def test_images_are_the_same_decoded_once_or_each_time(folder, monkeypatch):
+    kept = ImageTensors(load_images(str(folder)), "image", 8, 3)
+    monkeypatch.setattr("snrweights.integrations.data._SMALL", 0)
+    read = ImageTensors(load_images(str(folder)), "image", 8, 3)
+    for i in (0, 1, 2, 1):
+        assert torch.equal(kept[i][0], read[i][0])
+    (folder / "1.png").unlink()
+    assert kept[1][0].shape == (3, 8, 8)
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        read[1]
 
 
 @pytest.mark.parametrize("split", [None, "train"])

@@ -112,6 +112,8 @@ def test_one_run_has_every_figure(run):
         "Line chart. Training loss (weighted)",
         "Line chart. Held-out loss (unweighted)",
         "Line chart. Learning rate",
+        "Line chart. Distance to the data, fd_pixels_100",
+        "Line chart. Distance to the data, kid_pixels_100",
         "Line chart. Unweighted",
         "Line chart. Weighted",
         "Bar chart. Where the losses were",
@@ -189,7 +191,7 @@ def test_several_runs_share_figures_and_have_a_column_each(run, other):
     assert len([label for label in shown.charts() if "Heat map" in label]) == 2
     assert [text for text in shown.texts if text in ("gamma=5", "tau=0.2")] == ["gamma=5", "tau=0.2"] * 2
     assert "Total variance of the unweighted loss" in shown.text
-    both = [json.loads((folder / "results.json").read_text())["fd_pixels"] for folder in (run, other)]
+    both = [json.loads((folder / "results.json").read_text())["fd_pixels_100"] for folder in (run, other)]
     assert [value for value in shown.numbers() if value in both] == both
 
 

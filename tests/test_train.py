@@ -79,11 +79,10 @@ def test_model_loads_and_samples(run):
 
 def test_results(run):
     results = json.loads((run[0] / "results.json").read_text())
-    assert results["count"] == 6
     assert results["seed"] == 0
-    assert results["fd_pixels"] > results["fd_pixels_real_vs_real"] > 0
-    assert results["kid_pixels"] > results["kid_pixels_real_vs_real"]
-    assert "fid" not in results  # a distance in pixels is not one
+    assert results["fd_pixels_6"] > results["fd_pixels_6_real_vs_real"] > 0
+    assert results["kid_pixels_6"] > results["kid_pixels_6_real_vs_real"]
+    assert "fid_6" not in results  # a distance in pixels is not one
     assert "_interpreter_path" not in results
     assert str(sys.prefix) not in json.dumps(results)
 
@@ -129,8 +128,8 @@ def test_every_digits_preset_learns(tmp_path, preset):
 def test_options(tmp_path, options):
     main([*TINY, *QUICK, "--output-dir", str(tmp_path / "run"), *options])
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["fd_pixels"] > 0
-    assert ("fd_lite0" in results) == ("lite0" in options)
+    assert results["fd_pixels_6"] > 0
+    assert ("fd_lite0_6" in results) == ("lite0" in options)
 
 
 def test_a_conditional_model_is_given_the_classes(tmp_path):
@@ -185,18 +184,69 @@ def test_what_is_wrong_is_said(tmp_path, monkeypatch, argv, error, said):
         main([*TINY, *QUICK, "--output-dir", str(tmp_path / "run"), *argv])
 
 
-def test_a_dry_run_of_the_ddpm_unet_touches_everything_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+PARAMETERS = {
+    "cifar10-linear": 35_746_307,
+    "cifar10-cosine": 35_746_307,
+    "cifar10-edm": 35_746_307,
+    "cifar100-edm": 35_746_307,
+    "celeba64-cosine": 78_700_803,
+    "cifar10-edm-optimal": 59_024_643,
+    "cifar10-flow-optimal": 59_024_643,
+    "fashion-mnist": 651_041,
+}
+
+
+@pytest.mark.parametrize("preset", PARAMETERS)
+def test_a_dry_run_touches_everything_and_leaves_nothing(tmp_path, monkeypatch, capsys, preset):
     monkeypatch.chdir(tmp_path)
     offline(monkeypatch)
-    main(["--preset", "cifar10-linear", "--dry-run"], threads=2)
+    main(["--preset", preset, "--dry-run"])
     said = capsys.readouterr().out
     assert "random images of the same schema stand in" in said
-    assert "Features 'inception' cannot be loaded" in said
-    assert "pixels stand in" in said
-    assert "parameters: 35.75 M" in said
+    assert f"parameters: {PARAMETERS[preset] / 1e6:.2f} M" in said
+    assert ("pixels stand in" in said) == (preset != "fashion-mnist")
     assert "hours on one A100" in said
     assert "30% utilisation" in said
     assert list(tmp_path.iterdir()) == []
+
+
+def preset_options(name):
+    sys.path.insert(0, str(EXAMPLES))
+    from options import Options, check_options
+
+    options = load_preset(Options, EXAMPLES / "configs", name)
+    check_options(options)
+    return options
+
+
+@pytest.mark.parametrize("preset", PARAMETERS)
+def test_the_network_of_a_preset_has_the_size_that_is_stated(preset):
+    options = preset_options(preset)
+    from trainer import make_network
+
+    with torch.device("meta"):
+        assert sum(parameter.numel() for parameter in make_network(options).parameters()) == PARAMETERS[preset]
+
+
+def test_presets_of_a_study_differ_in_what_the_study_compares():
+    linear, cosine = (preset_options(f"cifar10-{name}") for name in ("linear", "cosine"))
+    cosine.process.beta_schedule, cosine.preset = "linear", linear.preset
+    assert cosine == linear
+    ten, hundred = preset_options("cifar10-edm"), preset_options("cifar100-edm")
+    assert (hundred.data.dataset, hundred.data.label_column) == ("uoft-cs/cifar100", "fine_label")
+    hundred.data, hundred.preset = ten.data, ten.preset
+    assert hundred == ten
+
+
+def test_the_settings_of_the_alsr_study():
+    options = preset_options("cifar10-edm")
+    process, optimizer = options.process, options.optimizer
+    assert (process.density_mean, process.density_std, process.sigma_data) == (-1.2, 1.2, 0.5)
+    assert (process.sigma_min, process.sigma_max, options.output.num_inference_steps) == (0.002, 80, 50)
+    assert (optimizer.max_steps, optimizer.train_batch_size, optimizer.learning_rate) == (60_000, 128, 2e-4)
+    assert optimizer.ema_decay == 0.9995
+    assert {10_000, 30_000} < set(options.output.evaluation_steps)
+    assert (options.output.num_samples, set(options.output.evaluation_samples)) == (50_000, {5_000, 50_000})
 
 
 def test_presets_are_complete():

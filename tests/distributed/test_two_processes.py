@@ -16,6 +16,7 @@ pytestmark = pytest.mark.slow
 STEPS = 4
 COMMON = [*TINY, "--dropout", "0", "--max-steps", str(STEPS), "--checkpointing-steps", "2", "--num-samples", "6"]
 COMMON += ["--eval-batch-size", "2", "--random-flip", "--logging-steps", "1", "--lr-warmup-steps", "100"]
+COMMON += ["--evaluation-steps", "2", "--evaluation-samples", "5"]
 IMPORTANCE = ["--importance", "gradient", "--importance-refresh", "2", "--draws", "stratified"]
 FSDP = Path(__file__).with_name("fsdp_on_cpu.py")
 
@@ -76,6 +77,14 @@ def test_samples_are_the_same_images(one, both):
     assert differences.max() <= 1  # the models differ by rounding
 
 
+def test_evaluations_over_training_are_equal_to_float_tolerance(one, both):
+    lines = [[line for line in log(run) if "fd_pixels_5" in line] for run in (one, both[0])]
+    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]] == [2, STEPS]
+    for a, b in zip(*lines, strict=True):
+        assert a["fd_pixels_5"] == pytest.approx(b["fd_pixels_5"], rel=1e-3)
+    assert lines[0][0]["fd_pixels_5"] != lines[0][1]["fd_pixels_5"]
+
+
 def test_resumed_it_ends_bit_equal(both, tmp_path):
     run, script = both
     resumed = tmp_path / "run"
@@ -114,10 +123,14 @@ def test_centre_and_uncertainty_are_of_the_batches_of_both(one_of_the_batch, tmp
     torch.testing.assert_close(learnt[1], learnt[0], rtol=1e-4, atol=1e-6)
 
 
-def test_sampling_alone_gives_bit_equal_images_on_one_and_two_processes(one, tmp_path):
+def test_sampling_alone_gives_bit_equal_images_and_distances_on_one_and_two_processes(one, tmp_path):
     """From one model the images do not depend on the number of processes at all."""
     resumed = tmp_path / "run"
     (resumed / "checkpoints").mkdir(parents=True)
     (resumed / "checkpoints" / "step-00000004").symlink_to(one / "checkpoints" / "step-00000004")
     two(resumed, *IMPORTANCE, "--train-batch-size", "4", "--resume", "latest")
     assert (resumed / "samples.png").read_bytes() == (one / "samples.png").read_bytes()
+    results = [json.loads((run / "results.json").read_text()) for run in (one, resumed)]
+    distances = [{k: v for k, v in values.items() if k.startswith(("fd", "kid"))} for values in results]
+    assert distances[0] == distances[1]
+    assert distances[0].keys() >= {"fd_pixels_5", "fd_pixels_6", "fd_pixels_6_real_vs_real"}

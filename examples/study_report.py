@@ -1,0 +1,156 @@
+"""What a study leaves: README.md with its claims, tables and figures, and the numbers in results.json."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from analyses import ANALYSES, Section, markdown, number
+from snrweights.integrations.files import write_text
+from studies import Study, known
+from study_claims import Judged, judge, select
+from study_records import Record
+from study_statistics import Bounds
+
+from snrweights.plots import save
+
+RULE = (
+    "A claim is *seen* where the 95 % interval of Student's t over seeds lies within the region of its rule, *not "
+    "seen* where it lies outside, else *not decidable at this size*. Rules, thresholds, metrics and seeds were "
+    "fixed in the study's file before any run. Published numbers are those of their authors on their data, never "
+    "ours.\n"
+)
+
+
+DEFAULTS: dict[str, Any] = {"analysis": "", "where": {}, "title": ""}  # what every analysis in a study's file can have
+
+
+def write_report(study: Study, records: Sequence[Record], output: Path, command: str) -> None:
+    """Analyse the records and write README.md, results.json and figures.
+
+    Raises:
+        SystemExit: the study asks for an analysis that does not exist.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    names = {run.name for run in study.runs}
+    records = [record for record in records if record.run in names]
+    judged = judge(study, records)
+    sections = analysed(study, records)
+    for section in sections:
+        for name, figure in section.figures.items():
+            save(figure, output / f"{name}.png")
+    values = {
+        "study": study.name,
+        "command": command,
+        "runs": [len(records), len(names)],
+        "claims": [asdict(claim) for claim in judged],
+        "analyses": [{"title": section.title, "values": section.values} for section in sections],
+        "made": made(records),
+    }
+    write_text(output / "results.json", json.dumps(finite(values), indent=1) + "\n")
+    write_text(output / "README.md", page(study, judged, sections, records, command))
+
+
+def analysed(study: Study, records: Sequence[Record]) -> list[Section]:
+    """Return the sections that the study asks for, of the records ``where`` names; none where there are none.
+
+    Raises:
+        SystemExit: the study asks for an analysis that does not exist.
+    """
+    sections: list[Section] = []
+    for number_of, item in enumerate(study.analyses, 1):
+        arguments = dict(item)
+        name, where, title = (arguments.pop(key, default) for key, default in DEFAULTS.items())
+        known([name], ANALYSES, f"the analyses of {study.name!r}")
+        if found := select(records, where):
+            section = ANALYSES[name](study, found, **arguments)
+            section.title = title or section.title
+            section.figures = {f"{number_of}-{name}": figure for name, figure in section.figures.items()}
+            sections.append(section)
+    return sections
+
+
+def page(
+    study: Study, judged: Sequence[Judged], sections: Sequence[Section], records: Sequence[Record], command: str
+) -> str:
+    """Return the report in Markdown."""
+    total = len(study.runs)
+    parts = [f"# {study.title}\n", f"{study.question.strip()}\n"]
+    if len(records) < total:
+        parts.append(f"**Unfinished: {len(records)} of {total} runs are done.**\n")
+    if judged:
+        parts += ["## Claims\n", claims_table(judged), RULE]
+    for section in sections:
+        parts += [f"## {section.title}\n", section.text]
+        parts += [f"![{section.title}]({name}.png)\n" for name in section.figures]
+    if study.notes:
+        parts += ["## Notes\n", f"{study.notes.strip()}\n"]
+    facts = made(records)
+    parts += [
+        "## How it was made\n",
+        f"    {command}\n\n    {command} --analyse\n",
+        f"The second redraws everything from `runs.jsonl`. {len(records)} runs, seeds {listed(facts['seeds'])}, "
+        f"{facts['hours']:.1f} hours of training in all with {listed(facts['threads'])} threads each; "
+        f"commits {listed(str(commit)[:10] for commit in facts['commits'])}; "
+        f"{listed(f'{name} {version}' for name, version in facts['versions'])}.\n",
+    ]
+    return "\n".join(parts)
+
+
+def claims_table(judged: Sequence[Judged]) -> str:
+    """Return the claims, what is published and what was found apart."""
+    rows = []
+    for claim in judged:
+        found = claim.estimate
+        here = ""
+        if found:
+            mean, interval = (range_of(bounds) for bounds in (found.mean, found.interval))
+            here = f"{mean} ({interval}), {len(found.seeds)} seeds"
+        published = f"{claim.published} ({claim.source})" if claim.published else ""
+        rows.append([claim.claim, published, here, claim.rule, f"**{claim.verdict}**"])
+    return markdown(["claim", "published", "here: mean (95 %)", "seen if", "verdict"], rows)
+
+
+def range_of(bounds: Bounds) -> str:
+    """Write bounds as one number where they are one.
+
+    Example:
+        >>> range_of((0.5, 0.5)), range_of((0.25, 0.5)), range_of((0.25, float("inf")))
+        ('0.500', '0.250 to 0.500', '0.250 to unknown')
+    """
+    low, high = (number(end) if math.isfinite(end) else "unknown" for end in bounds)
+    return low if bounds[0] == bounds[1] else f"{low} to {high}"
+
+
+def made(records: Sequence[Record]) -> dict[str, Any]:
+    """Return seeds, hours, threads, commits and versions of the records."""
+
+    def every(name: str) -> list[Any]:
+        return sorted({record.made[name] for record in records if record.made.get(name) is not None})
+
+    return {
+        "seeds": sorted({record.seed for record in records}),
+        "hours": sum(record.seconds for record in records) / 3600,
+        "threads": every("threads"),
+        "commits": every("commit"),
+        "versions": sorted({item for record in records for item in record.made["versions"].items()}),
+        "times": [min(times), max(times)] if (times := every("time")) else [],
+    }
+
+
+def listed(values: Any) -> str:
+    """Join values by commas."""
+    return ", ".join(map(str, values)) or "none"
+
+
+def finite(value: Any) -> Any:
+    """Return nested values with null for what is not finite, which JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
