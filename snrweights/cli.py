@@ -13,15 +13,15 @@ from snrweights.densities import DENSITIES
 from snrweights.doctor import doctor
 from snrweights.predictions import PREDICTION_TYPES
 from snrweights.schedulers import schedule_names
-from snrweights.settings import parse_settings
+from snrweights.settings import parse_method, parse_settings
 from snrweights.version import __version__
 from snrweights.weightings.base import Weighting, get_weighting
 
 
 def _labelled(specification: str) -> tuple[str, Weighting]:
     """Read ``min_snr`` or ``min_snr:gamma=5,other=1``."""
-    name, _, settings = specification.partition(":")
-    return specification, get_weighting(name, **parse_settings(settings.split(",") if settings else []))
+    name, hp = parse_method(specification)
+    return specification, get_weighting(name, **hp)
 
 
 def _methods(arguments: argparse.Namespace) -> None:
@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("-o", "--output", metavar="FILE", help="draw what the configuration optimises")
     check.set_defaults(run=_doctor)
 
-    from snrweights.integrations import audit_run, diagnose_run, launch, optimal_run
+    from snrweights.integrations import audit_run, bounds_run, diagnose_run, launch, optimal_run
 
     optimum = commands.add_parser(
         "optimal-loss",
@@ -131,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
 
     for name, module, summary in (
         ("diagnose", diagnose_run, "say how far trained models are from the optimal loss of their data, and where"),
+        ("bounds", bounds_run, "say what the loss of a trained model bounds, as it is and reweighted"),
         ("audit", audit_run, "run a training script for a few steps and say what its loss weighs"),
         ("launch", launch, "run an unmodified training script with a weighting"),
     ):
