@@ -14,7 +14,7 @@ from snrweights.bounds import Cascade, ImprovedBound, cascade
 from snrweights.densities import DENSITIES
 from snrweights.runs import names
 from snrweights.settings import parse_method
-from snrweights.weightings.base import list_weightings
+from snrweights.weightings.base import get_weighting, list_weightings, needed_by
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +44,9 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
 
     device = check_and_device(arguments)
     methods = {text: parse_method(text) for text in arguments.methods}
+    for name, hp in methods.values():
+        if not needed_by(name):  # a wrong name is said before anything is measured
+            get_weighting(name, **hp)
     path = Path(arguments.model).expanduser().resolve()
     found = diagnosed(path, names([path])[0], arguments, device)
     model = found.model

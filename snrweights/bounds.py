@@ -14,8 +14,8 @@ over log-SNR that nowhere rises, the weighted loss is a mixture of them,
 
 which bounds KL(q || ∫ p_l dμ), since KL is convex, and is at most the gap of the ELBO.
 
-**What it bounds** is that mixture of models, each finished by an optimal decoder that nobody can run: the closer w keeps
-to the noise, the more of the work the decoder does. It says nothing of the samples of the model, and weightings
+**What it bounds** is that mixture of models, each finished by an optimal decoder that nobody can run: the closer w
+keeps to the noise, the more of the work the decoder does. It says nothing of the samples of the model, and weightings
 cannot be ranked by it: a weight that is all at ``low`` has KL_prior for a bound, whatever the model.
 
 Source: Shi & Titsias 2025, arXiv 2511.19664, for the bounds and for the reweighted loss as their mixture, of which only
@@ -41,6 +41,7 @@ from snrweights.losses import Method
 from snrweights.objective import MONOTONE_TOLERANCE, log_objective
 from snrweights.optimal.curve import OptimalLossCurve
 from snrweights.optimal.information import information
+from snrweights.optimal.reference import ReferenceSet
 from snrweights.schedulers import as_schedule
 from snrweights.schedules import Schedule
 from snrweights.weightings.base import _REGISTRY, get_weighting
@@ -50,6 +51,7 @@ NO_RANKING = (
     "that of the model's samples. Weightings are not ranked by it."
 )
 _LEVELS = 33
+_CHUNK = 1024
 _PER_STEP = 32
 _NODES, _WEIGHTS = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(_PER_STEP))
 
@@ -259,7 +261,7 @@ def cascade(
 
     Raises:
         ValueError: levels that do not rise or that the curve does not reach, losses of another shape, a curve of other
-            data, or one without the second moment of its data, or no data to go with a denoiser.
+            data, or no data to go with a denoiser or with a curve of an older version.
 
     Source: see ``snrweights.bounds``.
 
@@ -287,8 +289,6 @@ def cascade(
         curve_stderr = torch.zeros_like(levels)
     else:
         levels, gaps, curve_stderr = _against_curve(losses, log_snr, curve)
-    if "second_moment" not in curve.made:
-        raise ValueError("`curve` does not say the second moment of its data (`made`): measure it again.")
     low, high = float(levels[0]), float(levels[-1])
     at_low, at_high = information(curve, low), information(curve, high)
     dim = int(curve.made["dim"])
@@ -299,7 +299,7 @@ def cascade(
         log_snr=levels,
         gaps=gaps,
         curve_stderr=curve_stderr,
-        prior=prior_kl_of_points(curve.made["second_moment"], dim, low, schedule.coords) - at_low[0],
+        prior=prior_kl_of_points(_second_moment(curve, data), dim, low, schedule.coords) - at_low[0],
         prior_stderr=at_low[1],
         information=at_high[0],
         information_stderr=at_high[1],
@@ -318,6 +318,15 @@ def _common_levels(curve: OptimalLossCurve, schedule: Schedule) -> Tensor:
     return torch.linspace(max(low, float(reached.min())), min(high, float(reached.max())), _LEVELS, dtype=torch.float64)
 
 
+def _second_moment(curve: OptimalLossCurve, data: Tensor | None) -> float:
+    """Return the mean of ||x||², which older curves do not say, from the curve or the data."""
+    if "second_moment" in curve.made:
+        return float(curve.made["second_moment"])
+    if data is None:
+        raise ValueError("`data` must be given with a curve that does not say their second moment, got None.")
+    return ReferenceSet(data, None, False, "cpu", _CHUNK).second_moment
+
+
 def _check_same(losses: ModelGap, curve: OptimalLossCurve) -> None:
     optimum = curve.at((-losses.log_snr / 2).exp(), reduction="mean")
     if losses.dim != curve.made["dim"] or not torch.allclose(losses.optimum, optimum, rtol=1e-9, atol=0):
@@ -328,7 +337,7 @@ def _against_curve(
     losses: Tensor, log_snr: Tensor | Sequence[float] | None, curve: OptimalLossCurve
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the levels (L,), losses less the curve (L, M) and the curve's error (L,), both summed over dimensions."""
-    levels = torch.as_tensor([] if log_snr is None else log_snr, dtype=torch.float64)
+    levels = torch.as_tensor([] if log_snr is None else log_snr, dtype=torch.float64).contiguous()
     if levels.ndim != 1 or len(levels) < 2 or not bool((levels.diff() > 0).all()):
         raise ValueError(f"`log_snr` must be at least two rising noise levels, got {log_snr}.")
     if losses.shape[:1] != levels.shape or losses.ndim > 2 or not bool(losses.isfinite().all()):

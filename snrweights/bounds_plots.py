@@ -46,7 +46,7 @@ def plot_bounds(cascade: Cascade, bounds: Mapping[str, ImprovedBound]) -> Figure
         right.plot(bound.log_snr, bound.weight, label=label, **style)
     right.set_yscale("log")
     right.set_ylim(_SMALLEST, 2)
-    _finish(right, "objectives that never rise: mixtures of the bounds on the left", "w, 1 at the noisy end")
+    _finish(right, "objectives that never rise, and so mix the bounds", "w, 1 at the noisy end")
     if drawn:
-        right.legend(frameon=False, fontsize=8, loc="lower left")
+        right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

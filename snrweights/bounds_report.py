@@ -48,9 +48,9 @@ def table(cascade: Cascade, bounds: Mapping[str, ImprovedBound]) -> str:
         lines.append(_term(cascade, "negative ELBO: the last three", -elbo[0], elbo[1]))
     else:
         lines += ["", "No ELBO: a decoder is stated for 8-bit data alone."]
-    lines += ["", "| weighting | improved bound | bits per dimension | negative mass |", "|---|---:|---:|---:|"]
-    lines += [_row(cascade, label, bounds[label]) for label in sorted(bounds)]
-    lines += ["", NO_RANKING]
+    lines += ["", "| weighting | improved bound, nats | negative mass |", "|---|---:|---:|"]
+    lines += [_row(label, bounds[label]) for label in sorted(bounds)]
+    lines += ["", "± is one standard error and the levels' spacing.", "", NO_RANKING]
     if grown := [label for label in sorted(bounds) if _grows(bounds[label])]:
         said = ", ".join(f"{label} {_times(bounds[label].growth)}" for label in grown)
         lines += ["", f"* w grows on towards the schedule's noisy end: {said}. On a longer range it is another bound."]
@@ -70,12 +70,12 @@ def _term(cascade: Cascade, name: str, nats: float, stderr: float) -> str:
     return f"| {name} | {nats:.5g}{error} | {cascade.in_bits(nats):.4g} |"
 
 
-def _row(cascade: Cascade, label: str, bound: ImprovedBound) -> str:
+def _row(label: str, bound: ImprovedBound) -> str:
     if bound.nats is None:
-        return f"| {label} | none: not monotone | | {bound.negative_mass:.3g} |"
+        return f"| {label} | none: w rises | {bound.negative_mass:.3g} |"
     mark = " *" if _grows(bound) else ""
     error = math.hypot(bound.stderr or 0, bound.spacing_error or 0)
-    return f"| {label}{mark} | {bound.nats:.5g} ± {error:.1g} | {cascade.in_bits(bound.nats):.4g} | 0 |"
+    return f"| {label}{mark} | {bound.nats:.5g} ± {error:.1g} | 0 |"
 
 
 def as_dict(cascade: Cascade, bounds: Mapping[str, ImprovedBound]) -> dict[str, Any]:
