@@ -59,7 +59,7 @@ def diagnosed(path: Path, name: str, arguments: argparse.Namespace, device: str,
         raise ValueError(f"`--unit edm` needs a sigma_data, which {name} has none of; choose another unit.")
     data, classes = _data(path, model, arguments, is_run)
     curve = _kept_curve(path, arguments)
-    levels = model.levels(arguments.levels, *(arguments.log_snr or _reach(curve)))
+    levels = _levels(model, curve, arguments)
     if curve is None:
         known: dict[str, Any] = {"labels": data.labels, "flips": data.flips, "device": device}
         curve = optimal_loss(data.images, (-levels / 2).exp(), draws=_CURVE_DRAWS, seed=arguments.seed + 1, **known)
@@ -140,9 +140,10 @@ def _kept_curve(path: Path, arguments: argparse.Namespace) -> OptimalLossCurve |
     return None
 
 
-def _reach(curve: OptimalLossCurve | None) -> tuple[float, float]:
-    """Return the lowest and the highest log-SNR of a curve, or anything without one."""
-    if curve is None:
-        return -math.inf, math.inf
+def _levels(model: TrainedModel, curve: OptimalLossCurve | None, arguments: argparse.Namespace) -> Tensor:
+    """Return the levels: over the range that is named, or what the curve has of the schedule."""
+    if arguments.log_snr is not None or curve is None:
+        return model.levels(arguments.levels, *(arguments.log_snr or (-math.inf, math.inf)))
     low, high = (-2 * curve.sigmas[[-1, 0]].log()).tolist()
-    return low, high
+    levels = model.levels(arguments.levels, low, high)
+    return levels[(levels >= low) & (levels <= high)]  # the timestep nearest to an end may lie beyond it
