@@ -38,7 +38,8 @@ def plot_bounds(cascade: Cascade, bounds: Mapping[str, ImprovedBound]) -> Figure
     left.set_yscale("log")
     gap, error = cascade.gap()
     _finish(left, f"{cascade.name}: gap of the ELBO {gap:.4g} ± {error:.1g} nats", "bound on the KL of the data, nats")
-    left.legend(frameon=False, fontsize=8)
+    left.set_ylim(top=30 * left.get_ylim()[1])  # room for the legend
+    left.legend(frameon=False, fontsize=8, loc="upper left")
     drawn = [label for label in sorted(bounds) if bounds[label].monotone]
     for i, label in enumerate(drawn):
         bound = bounds[label]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from cases import SCHEDULES, gaussian_curve
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snrweights import get_weighting, list_weightings, objective
@@ -55,7 +55,7 @@ def test_a_gaussian_denoiser_has_the_bounds_of_closed_form(schedule):
         expected = found.prior + path_kl_of_gaussians(-8, float(FINE[i]))
         assert float(nats[i]) == pytest.approx(expected, rel=3.5e-5)  # of trapezoids: spacing² / 3
     assert found.gap()[0] == float(nats[-1])
-    assert (stderr < 1e-6).all()
+    assert (stderr < 1e-5 * nats).all()  # of interpolating the curve
     assert found.elbo() is None  # nobody said that it is of 8 bits
 
 
@@ -267,6 +267,7 @@ def test_a_weighted_loss_is_its_mixture_to_quadrature_error(name):
     assert mixture == pytest.approx(bound.nats, rel=2e-5)
 
 
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.sampled_from(MONOTONE))
 def test_no_bound_exceeds_the_gap_of_the_elbo_and_none_falls_below_the_prior(seed, name):
     log_snr, losses = gaps(seed)
