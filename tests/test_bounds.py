@@ -14,6 +14,7 @@ from snrweights import get_weighting, list_weightings, objective
 from snrweights.bounds import NO_RANKING, Cascade, cascade
 from snrweights.bounds_plots import plot_bounds
 from snrweights.bounds_report import table, to_json
+from snrweights.densities import LogUniform
 from snrweights.diagnose import diagnose
 from snrweights.elbo_terms import decoder_nats, prior_kl_of_points
 from snrweights.optimal import OptimalLossCurve, optimal_loss
@@ -294,6 +295,19 @@ def test_the_negative_mass_is_what_the_objective_rises_by():
     assert whole.improved_bound("min_snr").negative_mass == pytest.approx(expected, rel=0.01)
 
 
+def test_a_rise_by_rounding_keeps_a_bound_on_the_weight_at_the_noisy_end():
+    def rising(by):
+        return EXACT.improved_bound(
+            lambda log_snr: 1 + by * (log_snr > 0), density=LogUniform(math.exp(-3), math.exp(3))
+        )
+
+    rise, even = rising(5e-5), rising(0.0)
+    k_at_0 = float(np.interp(0.0, ON_LINE, EXACT.nats()[0]))
+    assert rise.nats - even.nats == pytest.approx(5e-5 * (EXACT.gap()[0] - k_at_0), rel=1e-2)
+    assert rise.negative_mass == pytest.approx(5e-5, rel=1e-3)
+    assert rising(2e-4).nats is None
+
+
 def test_the_objective_is_the_density_times_the_weight():
     assert EXACT.improved_bound("native").nats == pytest.approx(EXACT.improved_bound("flow").nats, rel=1e-6)
     drawn = EXACT.improved_bound("native", density="cosine")
@@ -492,13 +506,7 @@ def test_curves_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="`prediction_type` is not stated by the schedule"):
         cascade(torch.ones(2), LINE, "linear", log_snr=[0.0, 1.0]).improved_bound("sigmoid")
     with pytest.raises(ValueError, match="has no finite objective"):
-        EXACT.improved_bound("ddpm", density=_nowhere())
-
-
-def _nowhere():
-    from snrweights.densities import LogUniform
-
-    return LogUniform(20.0, 30.0)
+        EXACT.improved_bound("ddpm", density=LogUniform(20.0, 30.0))
 
 
 def test_levels_are_by_default_what_curve_and_schedule_reach():

@@ -60,6 +60,14 @@ def test_the_code_of_the_guide_to_samplers_runs_from_top_to_bottom():
     assert len(blocks) == guide.count("```") / 2
 
 
+def test_the_examples_of_the_guide_to_bounds_run():
+    failed, tried = doctest.testfile(
+        str(ROOT / "examples" / "guides" / "bounds.md"), module_relative=False, optionflags=FLAGS
+    )
+    assert failed == 0
+    assert tried > 0
+
+
 def test_the_guide_to_samplers_has_every_density_and_every_rule():
     guide = (ROOT / "examples" / "guides" / "samplers.md").read_text()
     assert [name for name in (*DENSITIES, *RULES) if f"| `{name}` |" not in guide] == []
