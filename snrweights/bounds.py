@@ -96,6 +96,8 @@ class ImprovedBound:
 class Cascade:
     """The bounds K(l) of a model over log-SNR, all on one range; as ``cascade`` returns them.
 
+    Of a model that is told a class, with a curve of labelled data, everything is given the class: a mean over classes.
+
     Attributes:
         name: of the model.
         log_snr: (L,) levels, rising; the first and the last are the range of everything here.

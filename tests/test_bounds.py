@@ -298,7 +298,7 @@ def test_the_negative_mass_is_what_the_objective_rises_by():
 def test_a_rise_by_rounding_keeps_a_bound_on_the_weight_at_the_noisy_end():
     def rising(by):
         return EXACT.improved_bound(
-            lambda log_snr: 1 + by * (log_snr > 0), density=LogUniform(math.exp(-3), math.exp(3))
+            lambda log_snr: 1 + by * (log_snr > 0).double(), density=LogUniform(math.exp(-3), math.exp(3))
         )
 
     rise, even = rising(5e-5), rising(0.0)
