@@ -16,7 +16,12 @@ from snrweights.seeds import generator as seeded
 
 
 class NegativeELBO(NamedTuple):
-    """What ``negative_elbo`` measured."""
+    """What ``negative_elbo`` measured.
+
+    Example:
+        >>> NegativeELBO(nats=8 * math.log(2), error=0.1, length=4).bits_per_token
+        2.0
+    """
 
     nats: float
     """Mean over the sequences, nats per sequence."""
@@ -93,6 +98,7 @@ def negative_elbo(
 
 def _times(number: int, draw: int, draws: int, generator: torch.Generator) -> Tensor:
     """Return one time per sequence in the stratum of a draw, stratified over the sequences in random order."""
-    options = {"generator": generator, "device": generator.device}
-    places = torch.randperm(number, **options) + torch.rand(number, dtype=exact_dtype(generator.device), **options)
+    device = generator.device
+    jitter = torch.rand(number, generator=generator, device=device, dtype=exact_dtype(device))
+    places = torch.randperm(number, generator=generator, device=device) + jitter
     return (draw + places / number) / draws
