@@ -1,7 +1,9 @@
 """Weights of masked diffusion: formulas, limits, refusals, and the objective on a joint solved exactly."""
 
+import doctest
 import inspect
 import math
+from pathlib import Path
 
 import mpmath
 import numpy as np
@@ -241,8 +243,8 @@ def test_all_but_iddpm_and_edm_are_monotone_in_t_and_those_lose_their_maxima(sch
     assert [name for name in METHODS if is_monotone(name, schedule)] == ["elbo", "simple", "flow", "sigmoid"]
     assert is_monotone("sigmoid", schedule, bias=-7.5)
     assert negative_mass("elbo", schedule) == negative_mass("flow", schedule) == 0
-    assert negative_mass("iddpm", schedule) == pytest.approx(1, abs=1e-12)
-    assert negative_mass("edm", schedule) == pytest.approx(0.271027, abs=1e-6)
+    assert negative_mass("iddpm", schedule) == pytest.approx(1, abs=1e-12)  # from the largest w to nothing
+    assert negative_mass("edm", schedule) == pytest.approx(1, abs=1e-12)
 
 
 def test_simple_is_not_monotone_on_every_schedule():
@@ -251,6 +253,14 @@ def test_simple_is_not_monotone_on_every_schedule():
             return Product(masked=2.0)
 
     assert not is_monotone("simple", Late())
+
+
+def test_the_negative_mass_is_what_a_weight_loses_in_all():
+    class Dip(MaskedWeighting):  # falls from 1 to 1/2 about l = 0, and rises to 1 again
+        def weight(self, level, schedule):
+            return Product(log_rest=torch.log1p(-2 * (level.log_masked + level.log_kept).exp()))
+
+    assert negative_mass(Dip()) == pytest.approx(0.5, abs=1e-8)
 
 
 def test_a_weighting_of_ones_own_is_one_class():
@@ -412,10 +422,59 @@ def test_the_sum_over_ratio_times_length_is_the_elbo_over_length(joint, wrong):
 
 
 def test_a_mean_over_all_masked_tokens_of_a_batch_is_sigmoid_over_half_the_length(joint, wrong):
+    expected = integral(joint, wrong, lambda r: r) / (LENGTH / 2)
+    by_count = sums_by_count(joint, wrong)
+    assert by_count.mean().item() / ((LENGTH + 1) / 2) == pytest.approx(expected, rel=1e-9)  # exact counts
     schedule = LinearSchedule()
     sums = expected_loss(joint, wrong, schedule, lambda logits, tokens, mask, t: masked.token_sum(logits, tokens, mask))
     number = expected_loss(joint, wrong, schedule, lambda logits, tokens, mask, t: mask.sum(1))
-    assert sums / number == pytest.approx(integral(joint, wrong, lambda r: r) / (LENGTH / 2), rel=1e-9)
+    assert sums / number == pytest.approx(expected, rel=1e-9)
+
+
+# the cascade of bounds
+
+
+def unmasked_by(joint, predict):
+    """Probabilities that a model's chain, of single tokens in random order, is at each masked sequence, by count."""
+    start = torch.full((LENGTH,), MASK_ID)
+    steps = [{tuple(start.tolist()): 1.0}]
+    for left in range(LENGTH, 0, -1):
+        reached = {}
+        for state, chance in steps[-1].items():
+            probabilities = predict(torch.tensor([state])).softmax(-1)[0]
+            for i in (i for i in range(LENGTH) if state[i] == MASK_ID):
+                for token in range(TOKENS):
+                    after = (*state[:i], token, *state[i + 1 :])
+                    reached[after] = reached.get(after, 0.0) + chance / left * probabilities[i, token].item()
+        steps.append(reached)
+    return steps
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_a_chain_finished_by_the_optimal_decoder_is_within_its_part_of_the_elbo(joint, wrong, ratio):
+    excess = (sums_by_count(joint, wrong) - sums_by_count(joint, joint.predict)).numpy()
+    assert (excess > 0).all()
+
+    def integrand(r):
+        chances = [math.comb(LENGTH, n) * r ** (n - 1) * (1 - r) ** (LENGTH - n) for n in range(1, LENGTH + 1)]
+        return float(np.dot(chances, excess))
+
+    bound = integrate.quad(integrand, ratio, 1)[0]
+    model = torch.zeros(len(joint.sequences), dtype=torch.float64)
+    for kept, states in enumerate(unmasked_by(joint, wrong)):
+        share = math.comb(LENGTH, kept) * (1 - ratio) ** kept * ratio ** (LENGTH - kept)
+        for state, chance in states.items():
+            fits = ((torch.tensor(state) == MASK_ID) | (torch.tensor(state) == joint.sequences)).all(1)
+            decoded = joint.probabilities * fits
+            model += share * chance * decoded / decoded.sum()
+    assert model.sum().item() == pytest.approx(1)
+    divergence = (joint.probabilities * (joint.probabilities / model).log()).sum().item()
+    gap = integrate.quad(integrand, 0, 1)[0]
+    assert gap == pytest.approx((exact_negative_elbo(joint, wrong) - joint.entropy).item(), rel=1e-9)
+    assert -1e-12 <= divergence <= bound + 1e-12
+    assert bound <= gap
+    if ratio == 0:
+        assert divergence > 0.05
 
 
 # draws and masks
@@ -726,3 +785,10 @@ def test_a_masked_weighting_states_its_formula_and_source(cls):
 
 def test_the_public_names_are_sorted():
     assert masked.__all__ == sorted(masked.__all__)
+
+
+def test_the_examples_of_the_guide_run():
+    guide = Path(__file__).parents[1] / "examples" / "guides" / "bounds.md"
+    failed, tried = doctest.testfile(str(guide), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert failed == 0
+    assert tried > 8

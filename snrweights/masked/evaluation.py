@@ -52,8 +52,9 @@ def negative_elbo(
     a rare draw could make large. The counts are stratified, within the draws of a sequence and over all sequences.
 
     Args:
-        predict: function from masked tokens (b, L) to logits (b, L, K), the model in evaluation mode. A model that is
-            given the time too can take it from the number of tokens masked.
+        predict: function from masked tokens (b, L) to logits (b, L, K), the model in evaluation mode; called on the
+            batches in order, all of them once for each draw. A model that is given the time too can take it from the
+            number of tokens masked.
         tokens: (N, L) integers.
         mask_id: what stands for a masked token.
         draws: masks for each sequence, >= 1.
