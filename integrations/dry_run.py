@@ -33,7 +33,7 @@ def shrink(options: Any) -> Iterator[Any]:
         small.data.dataloader_num_workers = min(small.data.dataloader_num_workers, 1)
         small.output.features = _available(small.output.features, small.output.inception_weights)
         small.data.validation_images = min(small.data.validation_images, 1)
-        if small.output.optimal_loss != "none":
+        if getattr(small.output, "optimal_loss", "none") != "none":
             small.output.optimal_loss = "measure"  # of a few images, which are not those of a file
         yield small
 
@@ -72,7 +72,6 @@ def what_it_costs(options: Any, trainer: Any) -> str:
     device = trainer.accelerator.device
     images = torch.zeros(2, options.data.channels, options.data.resolution, options.data.resolution, device=device)
     labels = torch.zeros(2, dtype=torch.long, device=device)
-    t = trainer.process.timesteps(torch.full((2,), 0.5, device=device))
     saved: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -83,7 +82,7 @@ def what_it_costs(options: Any, trainer: Any) -> str:
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     with FlopCounterMode(display=False) as counter:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            loss = trainer.losses(images, torch.randn_like(images), t, labels)[0].mean()
+            loss = trainer.example_loss(images, labels)
         loss.backward()
     batch, accumulate = options.optimizer.train_batch_size, options.optimizer.gradient_accumulation_steps
     parameters = sum(parameter.numel() for parameter in model.parameters())
