@@ -51,7 +51,7 @@ class MaskingOptions:
     counts: Literal["independent", "exact"] = "independent"
     """Mask each token by itself, or as many of a sequence as the time says."""
     draws: Literal["independent", "antithetic", "stratified"] = "antithetic"
-    """Times of a batch: independent, or spread over it."""
+    """Times of an optimizer step: independent, or spread over it."""
 
 
 @dataclass

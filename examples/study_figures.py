@@ -16,6 +16,7 @@ LABELS = {
     "fd_lite0": "Fréchet distance in Lite0",
     "fid": "FID",
     "validation_loss": "held-out loss of epsilon",
+    "bits_per_dim": "held-out negative ELBO, bits per dimension",
 }
 LOG_SNR = "log-SNR   (noise  ←   → clean)"
 Series = Sequence[Sequence[float]]
