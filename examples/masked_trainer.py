@@ -157,21 +157,24 @@ class MaskedTrainer(BaseTrainer[Tensor]):
                 batch_size=batch_size,
                 generator=generator(self.options.run.seed, VALIDATION),
             )
-        bits = found.bits_per_token / found.nats
         values = {"negative_elbo": found.nats, "negative_elbo_standard_error": found.error}
-        values |= {"bits_per_dim": found.bits_per_token, "bits_per_dim_standard_error": found.error * bits}
+        values |= {
+            "bits_per_dim": found.bits_per_token,
+            "bits_per_dim_standard_error": found._replace(nats=found.error).bits_per_token,
+        }
         log.write(step, **values)
 
     def plot_weights(self, path: Path) -> None:
-        """Draw the weight over the mask ratio: of the ELBO, and of the mean cross entropy of a masked token."""
-        ratio = torch.linspace(0, 1, 501, dtype=torch.float64)[1:-1]
-        figure = Figure(figsize=(5.2, 3.6), layout="constrained", dpi=150)
+        """Draw the weight over the mask ratio, beside that of the ELBO."""
+        ratio = torch.linspace(0, 1, 1001, dtype=torch.float64)[1:-1]
+        weights = {"elbo": torch.ones_like(ratio), self.weight.method: self.weight(ratio)}
+        figure = Figure(figsize=(5.2, 3.4), layout="constrained", dpi=150)
         axes = figure.subplots()
-        axes.plot(ratio, self.weight(ratio), lw=2, label=self.weight.method)
-        axes.axhline(1, color="0.5", lw=1, ls="--", label="elbo")
+        for style, (label, weight) in zip(("--", "-"), weights.items(), strict=False):
+            axes.plot(ratio, weight, style, lw=2, label=label)
         axes.set_xlabel("mask ratio   (clean  ←   → all masked)")
-        axes.set_ylabel("weight on the ELBO")
-        axes.set_ylim(bottom=0)
+        axes.set_ylabel("weight")
+        axes.set_ylim(0, 1.1 * float(torch.stack(list(weights.values())).quantile(0.98)))  # some are infinite at 1
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)

@@ -46,7 +46,7 @@ TINY = [
 ]
 STEPS = 5
 RUN = [*TINY, "--max-steps", str(STEPS), "--checkpointing-steps", "2", "--dropout", "0.1", "--num-classes", "10"]
-RUN += ["--gradient-accumulation-steps", "2", "--logging-steps", "2"]
+RUN += ["--gradient-accumulation-steps", "2", "--logging-steps", "2", "--checkpoints-total-limit", "9"]
 
 
 def lines(run, name):
@@ -244,13 +244,13 @@ def test_a_dry_run_touches_everything_and_leaves_nothing(tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("preset", "size"), [("digits", 813_380), ("imagenet64", 325_000_000)])
+@pytest.mark.parametrize(("preset", "size"), [("digits", 813_380), ("imagenet64", 310_691_840)])
 def test_the_network_of_a_preset_has_the_size_that_is_stated(preset, size):
     options = load_preset(Options, PRESETS, preset)
     check_options(options)
     with torch.device("meta"):
         network = masked_trainer.make_network(options)
-    assert sum(parameter.numel() for parameter in network.parameters()) == pytest.approx(size, rel=0.005)
+    assert sum(parameter.numel() for parameter in network.parameters()) == size
 
 
 def test_digits_are_their_grey_levels_and_bytes_are_bytes():
