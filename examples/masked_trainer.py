@@ -157,11 +157,9 @@ class MaskedTrainer(BaseTrainer[Tensor]):
                 batch_size=batch_size,
                 generator=generator(self.options.run.seed, VALIDATION),
             )
+        bits = 1 / (found.length * math.log(2))
         values = {"negative_elbo": found.nats, "negative_elbo_standard_error": found.error}
-        values |= {
-            "bits_per_dim": found.bits_per_token,
-            "bits_per_dim_standard_error": found._replace(nats=found.error).bits_per_token,
-        }
+        values |= {"bits_per_dim": found.bits_per_token, "bits_per_dim_standard_error": found.error * bits}
         log.write(step, **values)
 
     def plot_weights(self, path: Path) -> None:
