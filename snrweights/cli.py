@@ -25,7 +25,7 @@ def _labelled(specification: str) -> tuple[str, Weighting]:
 
 
 def _methods(arguments: argparse.Namespace) -> None:
-    print(report.methods_table(markdown=arguments.markdown))
+    print(report.methods_table(markdown=arguments.markdown, masked=arguments.masked))
 
 
 def _plot(arguments: argparse.Namespace) -> None:
@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
 
     methods = commands.add_parser("methods", help="print the table of weightings")
     methods.add_argument("--markdown", action="store_true", help="as a Markdown table")
+    methods.add_argument("--masked", action="store_true", help="those of masked diffusion")
     methods.set_defaults(run=_methods)
 
     plot = commands.add_parser("plot", help="draw weights and objectives over log-SNR")

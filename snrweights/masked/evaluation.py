@@ -16,7 +16,12 @@ from snrweights.seeds import generator as seeded
 
 
 class NegativeELBO(NamedTuple):
-    """What ``negative_elbo`` measured."""
+    """What ``negative_elbo`` measured.
+
+    Example:
+        >>> NegativeELBO(nats=8 * math.log(2), error=0.1, length=4).bits_per_token
+        2.0
+    """
 
     nats: float
     """Mean over the sequences, nats per sequence."""
@@ -47,8 +52,9 @@ def negative_elbo(
     a rare draw could make large. The counts are stratified, within the draws of a sequence and over all sequences.
 
     Args:
-        predict: function from masked tokens (b, L) to logits (b, L, K), the model in evaluation mode. A model that is
-            given the time too can take it from the number of tokens masked.
+        predict: function from masked tokens (b, L) to logits (b, L, K), the model in evaluation mode; called on the
+            batches in order, all of them once for each draw. A model that is given the time too can take it from the
+            number of tokens masked.
         tokens: (N, L) integers.
         mask_id: what stands for a masked token.
         draws: masks for each sequence, >= 1.
@@ -93,6 +99,7 @@ def negative_elbo(
 
 def _times(number: int, draw: int, draws: int, generator: torch.Generator) -> Tensor:
     """Return one time per sequence in the stratum of a draw, stratified over the sequences in random order."""
-    options = {"generator": generator, "device": generator.device}
-    places = torch.randperm(number, **options) + torch.rand(number, dtype=exact_dtype(generator.device), **options)
+    device = generator.device
+    jitter = torch.rand(number, generator=generator, device=device, dtype=exact_dtype(device))
+    places = torch.randperm(number, generator=generator, device=device) + jitter
     return (draw + places / number) / draws

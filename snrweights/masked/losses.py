@@ -12,7 +12,7 @@ from torch.nn import functional
 from snrweights.masked.counts import count_factor
 from snrweights.masked.draws import Counts, check_tokens
 from snrweights.masked.schedules import MaskedSchedule
-from snrweights.masked.weights import MaskedWeighting, masked_factor
+from snrweights.masked.weights import MaskedWeighting, check_times, masked_factor
 
 Reduction = Literal["mean", "none"]
 _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "none": lambda loss: loss}
@@ -149,7 +149,7 @@ def masked_loss(
     if counts not in _FACTORS:
         raise ValueError(f"`counts` must be one of {list(_FACTORS)}, got {counts!r}.")
     total = token_sum(logits, tokens, mask)
-    if t.shape != total.shape:
+    if check_times(t).shape != total.shape:
         raise ValueError(f"`t` must have one time per sequence, shape {tuple(total.shape)}, got {tuple(t.shape)}.")
     factor = _FACTORS[counts](mask, t, schedule, method, **hp).to(total.device, total.dtype)
     # an infinite factor on nothing is nothing, and in the gradient too
