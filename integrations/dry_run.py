@@ -13,9 +13,15 @@ import numpy as np
 import torch
 from PIL import Image
 from snrweights.integrations.features import extractor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 GPU, PEAK_FLOPS, UTILISATION = "A100 (312 TFLOP/s in bf16)", 312e12, 0.3
+_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+ATTENTION_ON_CPU = {  # which torch's counter leaves out
+    _attention: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+    _attention_backward: lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4]),
+}
 
 
 @contextmanager
@@ -82,7 +88,7 @@ def what_it_costs(options: Any, trainer: Any) -> str:
 
     model = trainer.accelerator.unwrap_model(trainer.model)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             loss = trainer.example_loss(images, labels)
         loss.backward()

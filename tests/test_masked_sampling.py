@@ -67,7 +67,7 @@ def test_ancestral_samples_of_an_exact_model_approach_the_joint(schedule):
     away = []
     for steps in (1, LENGTH, 24):
         expected = law(schedule, steps)
-        samples = ancestral(exact, masked(8000), LEVELS, schedule, steps, generators=generators(8000))
+        samples = ancestral(exact, masked(4000), LEVELS, schedule, steps, generators=generators(4000))
         assert chi_square(samples, expected) < 2
         away.append((expected - JOINT).abs().sum().item() / 2)
     assert away[0] > 0.15  # all at once, as if they were independent
@@ -160,7 +160,7 @@ def test_by_confidence_at_temperature_0_nothing_is_random():
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_tokens_are_drawn_at_the_temperature(temperature):
-    count, logits = 8000, torch.tensor([0.0, 1.0, -1.0])
+    count, logits = 6000, torch.tensor([0.0, 1.0, -1.0])
     expected = (logits / temperature).softmax(-1)
     for name in BOTH:
         options = {"generators": generators(count), "temperature": temperature}
@@ -168,7 +168,7 @@ def test_tokens_are_drawn_at_the_temperature(temperature):
             lambda x: logits.expand(*x.shape, 3), masked(count, 1), LEVELS, LinearSchedule(), 1, **options
         )
         seen = torch.bincount(drawn.flatten(), minlength=3) / count
-        torch.testing.assert_close(seen, expected, rtol=0, atol=0.02)
+        torch.testing.assert_close(seen, expected, rtol=0, atol=0.025)
 
 
 def test_tokens_that_are_equally_sure_are_revealed_in_the_prescribed_number_which_amused_does_not():

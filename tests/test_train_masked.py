@@ -75,12 +75,12 @@ def launched(tmp_path_factory):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    return folder / "runs" / "masked-digits-elbo", done.stdout
+    return folder / "runs" / "masked-digits-simple", done.stdout
 
 
 def test_launched_without_a_flag_it_says_where_everything_is(launched):
     output, said = launched
-    assert "Everything is in runs/masked-digits-elbo" in said
+    assert "Everything is in runs/masked-digits-simple" in said
     assert "fd_pixels_6" in said
     names = {"config.yaml", "metrics.jsonl", "samples.png", "weights.png", "model", "results.json", "tensorboard"}
     assert {path.name for path in output.iterdir()} == names
@@ -91,7 +91,7 @@ def test_launched_without_a_flag_it_says_where_everything_is(launched):
 def test_configuration_and_results(launched):
     output, _ = launched
     config = yaml.safe_load((output / "config.yaml").read_text())
-    assert config["weight"] == {"method": "elbo", "set": [], "normalize": "mean"}
+    assert config["weight"] == {"method": "simple", "set": [], "normalize": "mean"}
     assert config["masking"] == {"schedule": "linear", "counts": "independent", "draws": "antithetic"}
     results = json.loads((output / "results.json").read_text())
     assert results["fd_pixels_6"] > results["fd_pixels_6_real_vs_real"] > 0
@@ -104,7 +104,7 @@ def test_configuration_and_results(launched):
 
 def test_the_saved_model_loads(launched):
     network = PixelTransformer.from_pretrained(launched[0] / "model")
-    assert sum(parameter.numel() for parameter in network.parameters()) == 813_380
+    assert sum(parameter.numel() for parameter in network.parameters()) == 210_116
     logits = network(torch.full((2, 64), 17))
     assert logits.shape == (2, 64, 17)
     assert logits.isfinite().all()
@@ -158,8 +158,8 @@ def test_a_signal_leaves_a_checkpoint_and_a_damaged_one_is_passed_over(run, tmp_
 
 
 def test_options_that_change_the_run_are_refused(run):
-    with pytest.raises(SystemExit, match=r"masking\.schedule: linear -> cosine; weight\.method: elbo -> simple"):
-        train(run, *RUN, "--resume", "latest", "--schedule", "cosine", "--method", "simple")
+    with pytest.raises(SystemExit, match=r"masking\.schedule: linear -> cosine; weight\.method: simple -> flow"):
+        train(run, *RUN, "--resume", "latest", "--schedule", "cosine", "--method", "flow")
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_a_dry_run_touches_everything_and_leaves_nothing(tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("preset", "size"), [("digits", 813_380), ("imagenet64", 310_691_840)])
+@pytest.mark.parametrize(("preset", "size"), [("digits", 210_116), ("imagenet64", 310_691_840)])
 def test_the_network_of_a_preset_has_the_size_that_is_stated(preset, size):
     options = load_preset(Options, PRESETS, preset)
     check_options(options)
