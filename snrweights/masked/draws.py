@@ -88,7 +88,7 @@ def mask_tokens(
 
     Raises:
         ValueError: an unknown name, shapes that do not go together, or a t outside [0, 1] (looked at on the CPU alone).
-        TypeError: tokens that are not integers, or a t that is not floating point.
+        TypeError: tokens or a mask_id that are not integers, or a t that is not floating point.
 
     Source: Austin et al. 2021 (D3PM, absorbing), arXiv 2107.03006; Sahoo et al. 2024 (MDLM), arXiv 2406.07524.
 
@@ -101,6 +101,8 @@ def mask_tokens(
     if counts not in _MASKS:
         raise ValueError(f"`counts` must be one of {list(_MASKS)}, got {counts!r}.")
     check_tokens(tokens)
+    if not isinstance(mask_id, int) or isinstance(mask_id, bool):
+        raise TypeError(f"`mask_id` must be an integer, got {mask_id!r}.")
     if check_times(t).shape != tokens.shape[:1]:
         raise ValueError(f"`t` must have one time per sequence, shape {tuple(tokens.shape[:1])}, got {tuple(t.shape)}.")
     device = tokens.device if generator is None else generator.device

@@ -48,9 +48,10 @@ def token_sum(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         raise TypeError(f"`mask` must be bool, True where a token is masked, got {mask.dtype}.")
     if mask.shape != tokens.shape:
         raise ValueError(f"`mask` must have the shape of `tokens`, {tuple(tokens.shape)}, got {tuple(mask.shape)}.")
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)
-    targets = tokens.long().masked_fill(~mask, _IGNORED)
-    return functional.cross_entropy(wide, targets, ignore_index=_IGNORED, reduction="none").sum(1)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+    targets = tokens.long().masked_fill(~mask, _IGNORED).flatten()
+    losses = functional.cross_entropy(wide, targets, ignore_index=_IGNORED, reduction="none")
+    return losses.unflatten(0, tokens.shape).sum(1)
 
 
 def token_mean(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
