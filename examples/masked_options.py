@@ -11,6 +11,14 @@ ScheduleName = Literal["linear", "cosine", "polynomial"]
 
 
 @dataclass
+class MaskedRunOptions(RunOptions):
+    """Where the run lies and how it starts."""
+
+    output_dir: str = ""
+    """Folder for everything the run leaves (default: runs/masked-<preset>-<method>)."""
+
+
+@dataclass
 class TokenOptions(DataOptions):
     """What to train on."""
 
@@ -63,8 +71,7 @@ class MaskedWeightOptions:
     set: tuple[str, ...] = ()
     """Its hyperparameters, NAME=VALUE."""
     normalize: Literal["mean", "none"] = "mean"
-    """Scale the weight to average 1 over a uniform mask ratio: tokens then count as much as in the ELBO on average, and
-    switching methods keeps the learning rate."""
+    """Scale the weight to average 1 over a uniform mask ratio, so that switching methods keeps the learning rate."""
 
 
 @dataclass
@@ -91,7 +98,7 @@ class Options:
 
     preset: str = "digits"
     """Where the defaults come from: a file of examples/configs/masked."""
-    run: RunOptions = field(default_factory=RunOptions)
+    run: MaskedRunOptions = field(default_factory=MaskedRunOptions)
     data: TokenOptions = field(default_factory=TokenOptions)
     model: TransformerOptions = field(default_factory=TransformerOptions)
     masking: MaskingOptions = field(default_factory=MaskingOptions)
@@ -117,6 +124,10 @@ def check_options(options: Options) -> None:
     data, model = options.data, options.model
     if data.levels > 256:
         raise SystemExit(f"`--levels` must be at most 256, which is what images are read with, got {data.levels}.")
+    output, default = options.output, TokenOutputOptions().choice_temperature
+    if output.sampler != "confidence" and output.choice_temperature != default:
+        given = f"`--choice-temperature {output.choice_temperature}`"
+        raise SystemExit(f"{given} does nothing in ancestral sampling: give --sampler confidence.")
     for whole, part, size, number in (
         ("resolution", "patch-size", data.resolution, model.patch_size),
         ("hidden-size", "num-heads", model.hidden_size, model.num_heads),
