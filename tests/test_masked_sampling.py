@@ -158,6 +158,23 @@ def test_by_confidence_at_temperature_0_nothing_is_random():
     assert torch.equal(sample(0, **cold)[:1], tokens)
 
 
+@pytest.mark.parametrize("choice_temperature", [0.3, 1.0])
+def test_the_noise_of_the_choice_is_gumbels_and_falls_with_the_steps(choice_temperature):
+    """Of two tokens the surer by d is first with probability sigmoid(d / (choice_temperature (1 - 1 / 2)))."""
+    count, seen = 6000, []
+    logits = torch.tensor([[[0.9, 0.1], [0.6, 0.4]]]).log().expand(count, 2, 2)
+
+    def predict(tokens):
+        seen.append(tokens != 2)
+        return logits
+
+    options = {"generators": generators(count), "temperature": 0, "choice_temperature": choice_temperature}
+    by_confidence(predict, masked(count, 2, 2), 2, LinearSchedule(), 2, **options)
+    first = seen[1].double().mean(0)
+    expected = 1 / (1 + (0.6 / 0.9) ** (2 / choice_temperature))
+    assert first.tolist() == pytest.approx([expected, 1 - expected], abs=0.02)
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_tokens_are_drawn_at_the_temperature(temperature):
     count, logits = 6000, torch.tensor([0.0, 1.0, -1.0])

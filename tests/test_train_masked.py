@@ -19,14 +19,17 @@ from safetensors.torch import load_file
 from scipy.integrate import quad
 from sklearn.datasets import load_digits
 from snrweights.integrations.config import load_preset
-from snrweights.integrations.data import ImageTensors, load_images
-from snrweights.integrations.results import to_bytes
+from snrweights.integrations.data import ImageTensors, load_images, split
+from snrweights.integrations.masked_sampling import SAMPLERS
+from snrweights.integrations.results import image_grid, to_bytes
 from training import EXAMPLES, assert_bit_equal, main, start
 
-from snrweights.masked import get_masked_schedule, list_masked_weightings
+from snrweights.masked import get_masked_schedule, list_masked_weightings, negative_elbo
+from snrweights.seeds import generator
 
 sys.path.insert(0, str(EXAMPLES))
 import masked_trainer
+from base_trainer import SAMPLES, VALIDATION
 from masked_model import PixelTransformer, to_images, to_tokens
 from masked_options import Options, check_options
 
@@ -122,6 +125,28 @@ def test_the_elbo_and_distances_are_logged_over_steps(run):
     assert set(lines(run, "fd_pixels_6")) == {2, 3, 5}
     assert set(lines(run, "loss")) == {2, 4, 5}
     assert len(set(lines(run, "fd_pixels_6").values())) == 3
+
+
+def test_what_is_measured_is_the_averaged_model_that_is_saved(run):
+    """Its ELBO on the held-out images, and its samples, made anew from the files."""
+    options = load_preset(Options, PRESETS, "digits")
+    network = PixelTransformer.from_pretrained(run / "model").eval()
+    _, held_out = split(ImageTensors(load_images("digits"), "image", 8, 1, "label", 10), 4, 0)
+    images, labels = map(torch.stack, zip(*held_out, strict=True))
+    found = negative_elbo(
+        lambda tokens: network(tokens, labels), to_tokens(images, 17), 17, draws=2, generator=generator(0, VALIDATION)
+    )
+    assert found.nats == pytest.approx(lines(run, "negative_elbo")[STEPS], rel=1e-6)
+    sampled = SAMPLERS["ancestral"](
+        lambda tokens: network(tokens, torch.arange(6)),
+        torch.full((6, 64), 17),
+        17,
+        get_masked_schedule(options.output.sampling_schedule),
+        2,
+        generators=[generator(0, SAMPLES, i) for i in range(6)],
+    )
+    grid = image_grid(to_bytes(to_images(sampled, 17, 1, 8)))
+    assert grid.tobytes() == Image.open(run / "samples.png").tobytes()
 
 
 def test_measuring_changes_no_bit_of_the_run_and_neither_does_a_restart(run, tmp_path):
