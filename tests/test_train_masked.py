@@ -314,6 +314,22 @@ def test_every_token_sees_every_other_and_the_class():
     assert (network(tokens, labels + 1) - before).abs().amax(-1).gt(1e-6).all()
 
 
+@pytest.mark.parametrize("num_classes", [0, 2])
+def test_logits_are_those_of_their_own_position(num_classes):
+    """Seen where blocks do nothing, so that a position knows of itself alone."""
+    network = PixelTransformer(4, 1, 3, 2, hidden_size=16, num_layers=1, num_heads=2, num_classes=num_classes).eval()
+    torch.nn.init.normal_(network.head.weight)
+    for block in network.blocks:
+        for layer in (block.self_attn.out_proj, block.linear2):
+            torch.nn.init.zeros_(layer.weight)
+            torch.nn.init.zeros_(layer.bias)
+    tokens, labels = torch.zeros(1, 16, dtype=torch.long), torch.tensor([0])
+    changed = tokens.clone()
+    changed[0, 6] = 3  # in the square on the upper right
+    moved = (network(changed, labels) - network(tokens, labels)).abs().amax(-1)[0]
+    assert moved.gt(1e-6).nonzero().flatten().tolist() == [2, 3, 6, 7]
+
+
 def options_of(*changes):
     options = load_preset(Options, PRESETS, "digits")
     for section, name, value in changes:
