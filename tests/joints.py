@@ -53,3 +53,10 @@ def sums_by_count(joint, predict):
 def exact_negative_elbo(joint, predict):
     """The negative ELBO of a model, in nats."""
     return (sums_by_count(joint, predict) / torch.arange(1, LENGTH + 1)).sum()
+
+
+def wrong_model():
+    """Logits that are not the joint's: the objective is to be right for any model."""
+    logits = torch.randn((TOKENS + 1) ** LENGTH, LENGTH, TOKENS, generator=torch.Generator().manual_seed(5)).double()
+    radix = (TOKENS + 1) ** torch.arange(LENGTH)
+    return lambda masked: logits[(masked * radix).sum(1)]

@@ -272,7 +272,19 @@ def register_weighting(
 
 
 def register(registry: dict[str, type[F]], name: str, **attributes: Any) -> Callable[[Any], Any]:
-    """Return the decorator that makes a class a frozen dataclass and puts it into ``registry`` under ``name``."""
+    """Return the decorator that makes a class a frozen dataclass and puts it into ``registry`` under ``name``.
+
+    Raises:
+        ValueError: the name is taken.
+
+    Example:
+        >>> registry = {}
+        >>> @register(registry, "doctest_half", formula="w = 1/2")
+        ... class Half(Formula):
+        ...     value: float = hyper(0.5, above=0)
+        >>> registry["doctest_half"](0.25), Half.formula
+        (Half(value=0.25), 'w = 1/2')
+    """
     if name in registry:
         raise ValueError(f"Weighting {name!r} is registered already, as {registry[name].__name__}.")
 
