@@ -19,7 +19,7 @@ import tyro
 from studies import Run, Study, known, load_study
 from study_records import held, read_records
 from study_report import write_report
-from study_runs import SCRIPT, Place, Runner, check_unchanged, command_again, seconds_left, state_of
+from study_runs import Place, Runner, check_unchanged, command_again, seconds_left, state_of
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -46,8 +46,8 @@ class Settings:
     """Where run folders lie."""
     results_dir: Path = RESULTS
     """Where records, tables and figures are written, in a folder by the study's name."""
-    script: Path = SCRIPT
-    """Training script, with the options of train.py."""
+    script: Path | None = None
+    """Training script, with the options of the study's (default: that)."""
 
 
 def chosen(study: Study, words: tuple[str, ...]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogFormatter, LogLocator
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 STYLES = ("-", "--", "-.", ":")
@@ -16,6 +16,7 @@ LABELS = {
     "fd_lite0": "Fréchet distance in Lite0",
     "fid": "FID",
     "validation_loss": "held-out loss of epsilon",
+    "bits_per_dim": "negative ELBO, bits per dimension",
 }
 LOG_SNR = "log-SNR   (noise  ←   → clean)"
 Series = Sequence[Sequence[float]]
@@ -37,6 +38,14 @@ def label_of(metric: str) -> str:
 def style_of(place: int) -> dict[str, str]:
     """Return colour and line style of the curve at a place."""
     return {"color": COLOURS[place % len(COLOURS)], "ls": STYLES[place // len(COLOURS) % len(STYLES)]}
+
+
+class Plain(LogFormatter):
+    """Numbers as they are written, at the ticks that a logarithmic axis labels."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        """Return the label of a tick."""
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def curves(
@@ -69,6 +78,8 @@ def curves(
         if metric in floors:
             ax.axhline(floors[metric], color="0.3", lw=0.9, ls="--", label="real against real")
         ax.set_yscale("log")
+        ax.yaxis.set_major_formatter(Plain())
+        ax.yaxis.set_minor_formatter(Plain(minor_thresholds=(1, 0.4)))
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
         if row == 0:

@@ -61,14 +61,17 @@ class MetricsLog:
 
     def evaluations(self) -> dict[int, dict[str, float]]:
         """Return step -> the line of every evaluation so far, without the step."""
-        lines = [json.loads(line) for line in self._path.read_text().splitlines()]
-        return {line.pop("step"): line for line in lines if "evaluation_seconds" in line}
+        return self.lines_with("evaluation_seconds")
 
     def validations(self) -> dict[int, tuple[list[float], list[float]]]:
         """Return step -> (log-SNR, loss) of every validation so far."""
+        found = self.lines_with("validation_loss")
+        return {step: (line["log_snr"], line["validation_loss_by_log_snr"]) for step, line in found.items()}
+
+    def lines_with(self, name: str) -> dict[int, dict[str, Any]]:
+        """Return step -> the last line so far that has this value, without the step."""
         lines = [json.loads(line) for line in self._path.read_text().splitlines()]
-        found = [line for line in lines if "validation_loss" in line]
-        return {line["step"]: (line["log_snr"], line["validation_loss_by_log_snr"]) for line in found}
+        return {line.pop("step"): line for line in lines if name in line}
 
     def _append(self, line: dict[str, Any]) -> None:
         if self._accelerator.is_main_process:

@@ -237,11 +237,42 @@ def test_what_cannot_be_is_refused(argv, said, tmp_path):
             r"Unknown 'cos' in study 'tiny_study', 'select', axis 'sch",
         ),
         (lambda v: v["base"].update(max_step=3), "Unknown option '--max-step'"),
+        (lambda v: v.update(script="trian.py"), r"Unknown 'trian.py' in study 'tiny_study', 'script'; choose one of"),
     ],
 )
 def test_a_study_file_with_a_mistake_is_refused(change, said, tmp_path):
     with pytest.raises(SystemExit, match=said):
         assert studies.load_study(str(changed(tmp_path, change))).runs
+
+
+@pytest.mark.slow
+def test_training_a_masked_model_for_real(tmp_path):
+    """The study of the digits, with a network and a number of steps that take no time."""
+    values = yaml.safe_load((studies.STUDIES / "masked-digits.yaml").read_text())
+    tiny = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "train_batch_size": 4, "num_inference_steps": 2}
+    tiny |= {"max_steps": 4, "validation_steps": 2, "evaluation_steps": [2], "features": ["pixels"], "elbo_draws": 1}
+    values["base"] |= tiny
+    values["seeds"] = [7]
+    values["axes"]["method"] = {name: values["axes"]["method"][name] for name in ("elbo", "flow")}
+    values["collect"] = {"series": ["fd_pixels_500", "bits_per_dim"]}
+    values["analyses"] = [{**item, "metrics": values["collect"]["series"]} for item in values["analyses"][1:2]]
+    values["claims"] = values["claims"][3:4]
+    study = tmp_path / "masked.yaml"
+    study.write_text(yaml.safe_dump(values, sort_keys=False))
+    done = run(tmp_path, "--jobs", "2", "--threads", "1", study=study, script=studies.SCRIPTS["train_masked.py"].path)
+    assert done.returncode == 0, done.stdout
+    output = tmp_path / "results" / "masked"
+    one, other = read_records(output / "runs.jsonl").values()
+    assert (one.run, other.run) == ("elbo-s7", "flow-s7")
+    assert one.settings["data.levels"] == 17
+    assert [step for step, _ in one.series["bits_per_dim"]] == [2, 4]
+    assert one.series["bits_per_dim"] != other.series["bits_per_dim"]
+    page = (output / "README.md").read_text()
+    assert "| negative ELBO, bits per dimension | `flow` |" in page
+    assert "not decidable at this size" in page  # of one seed
+    values["base"]["hidden_size"] = 32
+    study.write_text(yaml.safe_dump(values, sort_keys=False))
+    assert "(model.hidden_size: 16 -> 32)" in run(tmp_path, study=study).stdout
 
 
 @pytest.mark.slow
