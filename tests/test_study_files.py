@@ -137,6 +137,17 @@ def test_alsr_is_run_as_the_paper_has_it(name):
     assert (optimizer.max_steps, optimizer.train_batch_size, optimizer.ema_decay) == (60_000, 128, 0.9995)
 
 
+@pytest.mark.parametrize("name", ["optimal-digits", "cifar10-optimal"])
+def test_the_optimal_loss_is_compared_with_plain_recipes(name):
+    by_arm = {run.levels["arm"]: options_of(run) for run in load_study(name).runs}
+    asked = {arm: (o.process.time_density, o.weight.method, o.sampler.importance) for arm, o in by_arm.items()}
+    assert asked["edm optimal"] == ("log_uniform", "optimal_loss", "gap")
+    assert asked["edm"][:2] == ("log_normal", "edm")
+    assert asked["flow optimal"][1:] == ("optimal_loss", "gap")
+    assert asked["flow"][1] == "native"
+    assert {asked[arm][2] for arm in ("edm", "flow")} <= {None, "none"}
+
+
 def test_factors_are_crossed():
     study = load_study("factorial-digits")
     assert len(study.runs) == 3 * 4 * 2 * len(study.seeds)
