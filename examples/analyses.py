@@ -93,9 +93,28 @@ def percent(bounds: Bounds) -> str:
 
 
 def with_spread(values: Sequence[float]) -> str:
-    """Write mean and standard deviation."""
-    mean, std = mean_and_std(values)
-    return number(mean) + ("" if math.isnan(std) else f" ± {number(std, 2)}")
+    """Write mean and standard deviation of what is finite, and how many are not.
+
+    Example:
+        >>> with_spread([1.0, 2.0, 3.0]), with_spread([1.0, 3.0, float("nan")]), with_spread([float("nan")])
+        ('2.00 ± 1.0', '2.00 ± 1.4, 1 not finite', '1 not finite')
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    words = [f"{len(values) - len(finite)} not finite"] if len(finite) < len(values) else []
+    if finite:
+        mean, std = mean_and_std(finite)
+        words.insert(0, number(mean) + ("" if math.isnan(std) else f" ± {number(std, 2)}"))
+    return ", ".join(words)
+
+
+def share_of(value: float) -> str:
+    """Write a share.
+
+    Example:
+        >>> share_of(0.125), share_of(float("nan"))
+        ('+12 %', 'unknown')
+    """
+    return f"{100 * value:+.0f} %" if math.isfinite(value) else "unknown"
 
 
 def blocks(study: Study, records: list[Record], by: Sequence[str]) -> Iterable[tuple[str, list[Record]]]:
@@ -173,7 +192,7 @@ def final(
         share = row["lower"]
         cells = [figures.label_of(row["metric"]), *([row["block"]] if by else []), f"`{row['level']}`"]
         cells += [with_spread(row["values"]), str(len(row["values"]))]
-        cells += [f"{100 * share['mean']:+.0f} %" if share else ""]
+        cells += [share_of(share["mean"]) if share else ""]
         cells += [percent(share["bootstrap"]) if share and share["bootstrap"] else ""]
         cells += [number(row["welch"][name]) for name in ("t", "p")]
         cells += [number(row["welch_p_holm"]), number(row["spread_p_holm"])]
@@ -287,7 +306,7 @@ def factors(study: Study, records: list[Record], metrics: Sequence[str], referen
             row["axis"],
             f"`{row['level']}`",
             f"`{row['reference']}`",
-            f"{100 * row['mean']:+.0f} %",
+            share_of(row["mean"]),
             percent(row["t"]),
             percent(row["bootstrap"]) if row["bootstrap"] else "",
         ]

@@ -17,6 +17,7 @@ from typing import Annotated
 
 import tyro
 from studies import Run, Study, known, load_study
+from study_checks import check_study
 from study_records import held, read_records
 from study_report import write_report
 from study_runs import SCRIPT, Place, Runner, check_unchanged, command_again, seconds_left, state_of
@@ -50,21 +51,21 @@ class Settings:
     """Training script, with the options of train.py."""
 
 
-def chosen(study: Study, words: tuple[str, ...]) -> dict[str, str]:
-    """Read ``AXIS=LEVEL`` words.
+def chosen(study: Study, words: tuple[str, ...]) -> dict[str, list[str]]:
+    """Read ``AXIS=LEVEL`` words: the levels of each axis that is named, any of which will do.
 
     Raises:
         SystemExit: no such axis or level.
     """
     axes = {**{axis: list(levels) for axis, levels in study.axes.items()}, "seed": [str(s) for s in study.seeds]}
-    only = {}
+    only: dict[str, list[str]] = {}
     for word in words:
         axis, equals, level = word.partition("=")
         if not equals:
             raise SystemExit(f"`--only` takes AXIS=LEVEL, got {word!r}.")
         known([axis], axes, "`--only`")
         known([level], axes[axis], f"`--only {axis}=...`")
-        only[axis] = level
+        only.setdefault(axis, []).append(level)
     return only
 
 
@@ -80,6 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(settings, name) is not None and getattr(settings, name) < 1:
             raise SystemExit(f"`--{name}` must be >= 1, got {getattr(settings, name)}.")
     study = load_study(settings.study)
+    check_study(study)
     only = chosen(study, settings.only)
     runs = [run for run in study.runs if run.matches(only)]
     if not runs:

@@ -94,7 +94,7 @@ def profiles(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[f
         for place, (label, (log_snr, values)) in enumerate(panel.items()):
             ax.plot(log_snr, values, label=label, lw=1.7, **style_of(place))
         ax.set(title=title, xlabel=LOG_SNR)
-        ax.set_yscale("symlog" if any(min(v) <= 0 for _, v in panel.values()) else "log")
+        ax.set_yscale("symlog" if any(value <= 0 for _, values in panel.values() for value in values) else "log")
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel(label_of(name))

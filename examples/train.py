@@ -25,7 +25,7 @@ from snrweights.integrations.data import ImageTensors, SeededBatches, detach_wor
 from snrweights.integrations.dry_run import shrink, stand_in, what_it_costs
 from snrweights.integrations.floor import FILE, floor_of
 from snrweights.integrations.processes import PROCESSES
-from snrweights.integrations.results import MetricsLog, save_results
+from snrweights.integrations.results import MetricsLog, commit_of, save_results
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from trainer import UNCERTAINTY, Trainer, make_weighting
@@ -100,6 +100,7 @@ def train(options: Options) -> Trainer:
         project_dir=output,
     )
     main_process = accelerator.is_main_process
+    commit = commit_of(Path(__file__).parent) if main_process else None  # now: the files may change during a long run
     global_batch = settings.train_batch_size * accelerator.num_processes
     saved = output / "config.yaml"
     if saved.exists() and not (options.run.resume or options.run.overwrite):
@@ -193,12 +194,12 @@ def train(options: Options) -> Trainer:
             evaluator.after(step)
     progress.close()
     stop.restore()
-    finish(options, trainer, evaluator, log)
+    finish(options, trainer, evaluator, log, commit)
     accelerator.end_training()
     return trainer
 
 
-def finish(options: Options, trainer: Trainer, evaluator: Evaluator, log: MetricsLog) -> None:
+def finish(options: Options, trainer: Trainer, evaluator: Evaluator, log: MetricsLog, commit: str | None) -> None:
     """Write model, samples, figures and results, all of the averaged weights."""
     output, accelerator = Path(options.run.output_dir), trainer.accelerator
     trainer.save_model(output / "model")
@@ -227,6 +228,7 @@ def finish(options: Options, trainer: Trainer, evaluator: Evaluator, log: Metric
         print(f"Drawn by importance: {trainer.sampler.predicted()}.")
     save_results(
         output / "results.json",
+        commit=commit,
         method=options.weight.method,
         hyperparameters=parse_settings(options.weight.set),
         steps=options.optimizer.max_steps,

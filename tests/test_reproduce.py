@@ -19,6 +19,7 @@ from training import EXAMPLES
 sys.path.insert(0, str(EXAMPLES))
 import reproduce
 import studies
+from snrweights.integrations.results import commit_of
 from study_records import read_records
 
 STAND_INS = Path(__file__).parent / "stand_ins"
@@ -201,6 +202,8 @@ def test_a_dry_run_says_what_is_left_and_runs_nothing(tmp_path):
     before = run(tmp_path, "--dry-run")
     assert before.stdout.splitlines()[-2:] == ["8 runs: 8 to do.", "About 0.0 hours are left, 1 at a time."]
     assert not (tmp_path / "runs").exists()
+    some = run(tmp_path, "--dry-run", "--only", "method=ddpm", "--only", "method=min_snr", "--only", "seed=1").stdout
+    assert "3 runs: 3 to do." in some
     assert run(tmp_path, "--only", "schedule=cosine", "--jobs", "3").returncode == 0
     after = run(tmp_path, "--dry-run").stdout
     assert "cosine-ddpm-s1         done" in after
@@ -237,6 +240,9 @@ def test_what_cannot_be_is_refused(argv, said, tmp_path):
             r"Unknown 'cos' in study 'tiny_study', 'select', axis 'sch",
         ),
         (lambda v: v["base"].update(max_step=3), "Unknown option '--max-step'"),
+        (lambda v: v.update(seeds=[1, 1]), "Two runs of study 'tiny_study' have the name 'linear-ddpm-s1'"),
+        (lambda v: v["axes"]["schedule"].update({True: {}}), "True of axis 'schedule' in study 'tiny_study' must be a"),
+        (lambda v: v["axes"]["method"].update({"a/b": {}}), "'a/b' of axis 'method' in study 'tiny_study' must be a"),
     ],
 )
 def test_a_study_file_with_a_mistake_is_refused(change, said, tmp_path):
@@ -245,8 +251,9 @@ def test_a_study_file_with_a_mistake_is_refused(change, said, tmp_path):
 
 
 @pytest.mark.slow
-def test_training_for_real(tmp_path):
+def test_training_for_real(tmp_path, monkeypatch):
     """Two runs of train.py, with everything that a study can keep of them."""
+    monkeypatch.chdir(tmp_path)
     study = tmp_path / "real.yaml"
     tiny = {"block_out_channels": [32], "attention": [False], "train_batch_size": 4, "num_inference_steps": 2}
     tiny |= {"preset": "digits", "max_steps": 4, "evaluation_steps": [2], "num_samples": 6, "logging_steps": 1}
@@ -278,6 +285,7 @@ def test_training_for_real(tmp_path):
     assert one.results["fd_pixels_6_real_vs_real"] > 0
     assert one.seconds > 0
     assert one.made["versions"]["torch"]
+    assert one.made["commit"] == commit_of(EXAMPLES)  # not that of the current directory
     assert sorted(one.variance) == ["0.5", "1.0"]
     assert one.profiles["loss"]["step"] == 4
     assert all(value > 0 for value in one.profiles["loss"]["values"])
