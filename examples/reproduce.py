@@ -106,7 +106,8 @@ def main(argv: list[str] | None = None) -> None:
     if records:
         with held(place.lock):
             write_report(study, records, output, command_again([settings.study]))
-    print(f"{len(records)} of {len(study.runs)} runs are done; what they say is in {output}/README.md.")
+    told = f"; what they say is in {output}/README.md" if records else ""
+    print(f"{len(records)} of {len(study.runs)} runs are done{told}.")
     if runner.failed:
         print(f"Failed: {', '.join(runner.failed)}.")
     if runner.stopped:

@@ -19,6 +19,7 @@ from training import EXAMPLES
 sys.path.insert(0, str(EXAMPLES))
 import reproduce
 import studies
+import study_runs
 from snrweights.integrations.results import commit_of
 from study_records import read_records
 
@@ -196,6 +197,28 @@ def test_a_failed_run_is_told_and_the_others_go_on(tmp_path):
     assert set(read_records(tmp_path / "results" / "tiny_study" / "runs.jsonl")) == {
         *("linear-ddpm-s0", "linear-smoothed_kl-s0", "cosine-ddpm-s0"),
     }
+
+
+def test_what_cannot_be_started_or_kept_is_told(uninterrupted, tmp_path, monkeypatch):
+    """A disk may be full at any time: the runs stay, and are read again when there is room."""
+    one = ("--only", "seed=0", "--only", "method=min_snr")
+    done = run(tmp_path, *one, "--launch", "no-such-program")
+    assert done.returncode == 1
+    assert "linear-min_snr-s0: failed, it could not be started: [Errno 2] No such file" in done.stdout
+    assert "0 of 8 runs are done." in done.stdout
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study_runs, "add_record", full)
+        done = run(tmp_path, *one)
+    assert done.returncode == 1
+    assert "failed, its numbers could not be kept: [Errno 28] No space left on device" in done.stdout
+    done = run(tmp_path, *one)
+    assert done.returncode == 0
+    assert "begins" not in done.stdout  # it had ended
+    assert "linear-min_snr-s0: done" in done.stdout
 
 
 def test_a_dry_run_says_what_is_left_and_runs_nothing(tmp_path):

@@ -1,5 +1,6 @@
 """Statistics, claims and analyses of studies, on records whose answers are known."""
 
+import dataclasses
 import doctest
 import importlib
 import math
@@ -279,9 +280,7 @@ def test_a_run_that_diverged_neither_ends_the_page_nor_vanishes_from_it(records,
     def profiles(value):
         return {name: {"step": 1, "log_snr": [-1.0, 1.0], "values": [0.1, value]} for name in ("loss", "gap")}
 
-    found = [
-        record(r.seed, r.levels["method"], [v for _, v in r.series["fd"]], profiles=profiles(0.2)) for r in records
-    ]
+    found = [dataclasses.replace(one, profiles=profiles(0.2)) for one in records]
     found[1] = record(1, "min_snr", [17, bad, bad, bad], profiles=profiles(bad))
     of_all = [
         analysis(),
@@ -294,8 +293,7 @@ def test_a_run_that_diverged_neither_ends_the_page_nor_vanishes_from_it(records,
         {"analysis": "scaling", "unit": "parameters"} | ASKED[-1][1],
     ]
     claims = [claim(claim=effect, effect=effect, of=of) for effect, of in ASKED]
-    asked = study(analyses=of_all, claims=claims)
-    asked.collect.loss_since = 0.5
+    asked = dataclasses.replace(study(analyses=of_all, claims=claims), collect=Collect(["fd"], loss_since=0.5))
     check_study(asked)
     write_report(asked, found, tmp_path, "the command")
     page = (tmp_path / "README.md").read_text()
@@ -320,7 +318,10 @@ def test_maps_of_variance_and_profiles(records):
     asked = Study("v", "V", "?", study().axes, [1], Collect(["fd"], variance_at=[0.5]))
     maps = analyses.variance_maps(asked, found, "method")
     (figure,) = maps.figures.values()
-    assert figure.axes[0].get_title() == "after 50 % of the steps"
+    assert figure.axes[0].get_title() == "after 400 of 800 steps"
     assert figure.axes[0].collections[0].get_array().tolist() == [[2.0, 4.0]] * 3
-    (figure,) = analyses.by_noise(asked, found, "gap", "method").figures.values()
+    section = analyses.by_noise(asked, found, "gap", "method", window=[0, 5])
+    assert "Over log-SNR from 0 to 5:" in section.text
+    assert "| `ddpm` | 0.200 ± " in section.text
+    (figure,) = section.figures.values()
     assert figure.axes[0].lines[0].get_ydata() == pytest.approx([0.1, 0.2])
