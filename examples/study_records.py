@@ -95,12 +95,15 @@ def results_of(folder: Path) -> dict[str, Any] | None:
 
 
 def _series(lines: list[dict[str, Any]], name: str, results: Mapping[str, Any]) -> list[list[float]]:
+    """Return a metric's values; NaN from the step on where the training loss is not finite: nothing is sampled then."""
     found = {line["step"]: line[name] for line in lines if name in line}
     if name in results:
         found.setdefault(results["steps"], results[name])  # what is measured at the end only
     if not found:
         raise IncompleteError(f"no line of metrics.jsonl has {name!r}")
-    return [[step, found[step] if math.isfinite(found[step]) else math.nan] for step in sorted(found)]
+    lost = min((line["step"] for line in lines if not math.isfinite(line.get("loss", 0.0))), default=math.inf)
+    known = {step: math.isfinite(value) and step < lost for step, value in found.items()}
+    return [[step, found[step] if known[step] else math.nan] for step in sorted(found)]
 
 
 def _profile(lines: list[dict[str, Any]], name: str) -> dict[str, Any]:

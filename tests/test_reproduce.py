@@ -2,8 +2,10 @@
 
 import io
 import json
+import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +23,7 @@ import reproduce
 import studies
 import study_runs
 from snrweights.integrations.results import commit_of
-from study_records import read_records
+from study_records import collect, read_records
 
 STAND_INS = Path(__file__).parent / "stand_ins"
 TINY, STUB = STAND_INS / "tiny_study.yaml", STAND_INS / "stub_train.py"
@@ -197,6 +199,18 @@ def test_a_failed_run_is_told_and_the_others_go_on(tmp_path):
     assert set(read_records(tmp_path / "results" / "tiny_study" / "runs.jsonl")) == {
         *("linear-ddpm-s0", "linear-smoothed_kl-s0", "cosine-ddpm-s0"),
     }
+
+
+def test_images_of_a_run_that_diverged_have_no_distance(uninterrupted, tmp_path):
+    """Weights that are not finite still give bytes, whose distance is a number like any other."""
+    study = studies.load_study(str(TINY))
+    shutil.copytree(uninterrupted / "runs" / "tiny_study" / study.runs[0].name, tmp_path / "run")
+    before = collect(tmp_path / "run", study.runs[0], study.collect).series["fd_pixels"]
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": NaN}\n')
+    after = collect(tmp_path / "run", study.runs[0], study.collect).series["fd_pixels"]
+    assert after[:2] == before[:2]
+    assert [step for step, value in after if math.isnan(value)] == [6, 8]
 
 
 def test_what_cannot_be_started_or_kept_is_told(uninterrupted, tmp_path, monkeypatch):
