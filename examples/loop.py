@@ -17,7 +17,7 @@ from snrweights.integrations.clock import Clock
 from snrweights.integrations.config import changed_options, save_options
 from snrweights.integrations.data import ImageTensors, SeededBatches, detach_worker, load_images, split
 from snrweights.integrations.dry_run import shrink, stand_in, what_it_costs
-from snrweights.integrations.results import MetricsLog, save_results
+from snrweights.integrations.results import MetricsLog, commit_of, save_results
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
@@ -74,6 +74,7 @@ def train(options: Any, begin: Begin[T], finish: Finish[T]) -> T:
         project_dir=output,
     )
     main_process = accelerator.is_main_process
+    commit = commit_of(Path(__file__).parent) if main_process else None  # now: the files may change during a long run
     global_batch = settings.train_batch_size * accelerator.num_processes
     saved = output / "config.yaml"
     if saved.exists() and not (options.run.resume or options.run.overwrite):
@@ -164,12 +165,12 @@ def train(options: Any, begin: Begin[T], finish: Finish[T]) -> T:
     evaluator.after(settings.max_steps)
     facts = finish(trainer, log)
     if main_process:
-        end(options, log, facts)
+        end(options, log, commit=commit, **facts)
     accelerator.end_training()
     return trainer
 
 
-def end(options: Any, log: MetricsLog, facts: dict[str, Any]) -> None:
+def end(options: Any, log: MetricsLog, **facts: Any) -> None:
     """Write results.json, and say where everything is."""
     output = Path(options.run.output_dir)
     results = log.evaluations()[options.optimizer.max_steps]

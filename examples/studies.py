@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -58,9 +59,9 @@ class Run:
     flags: tuple[str, ...]
     settings: dict[str, Any]
 
-    def matches(self, only: Mapping[str, str]) -> bool:
-        """Whether it has these levels; ``seed`` is one too."""
-        return all({**self.levels, "seed": str(self.seed)}[axis] == value for axis, value in only.items())
+    def matches(self, only: Mapping[str, list[str]]) -> bool:
+        """Whether it has one of these levels of each axis; ``seed`` is one too."""
+        return all({**self.levels, "seed": str(self.seed)}[axis] in levels for axis, levels in only.items())
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,8 @@ def load_study(name: str) -> Study:
         choices = sorted(path.stem for path in STUDIES.glob("*.yaml"))
         raise SystemExit(f"Unknown study {name!r}; choose one of {choices}, or give a YAML file.")
     values = yaml.safe_load(path.read_text())
+    if not isinstance(values, dict):
+        raise SystemExit(f"{path} is not a study: it has no fields.")
     fields = {item.name: item for item in dataclasses.fields(Study) if item.name != "name"}
     where = f"study {path.stem!r}"
     known(values, fields, where)
@@ -190,10 +193,15 @@ def load_study(name: str) -> Study:
     known([values.get("script", "train.py")], SCRIPTS, f"{where}, 'script'")
     known(values["collect"], [item.name for item in dataclasses.fields(Collect)], f"{where}, 'collect'")
     study = Study(path.stem, **{**values, "collect": Collect(**values["collect"])})
+    for axis, levels in study.axes.items():
+        if bad := [level for level in levels if not isinstance(level, str) or "/" in level]:
+            raise SystemExit(f"Levels name folders: {bad[0]!r} of axis {axis!r} in {where} must be a text without '/'.")
     for block in study.select:
         known(block, study.axes, f"{where}, 'select'")
         for axis, levels in block.items():
             known(levels, study.axes[axis], f"{where}, 'select', axis {axis!r}")
+    if twice := [name for name, count in Counter(run.name for run in study.runs).items() if count > 1]:
+        raise SystemExit(f"Two runs of {where} have the name {twice[0]!r}: rename a level, or a seed is there twice.")
     return study
 
 

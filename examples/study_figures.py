@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, LogLocator
+from matplotlib.ticker import LogLocator
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 STYLES = ("-", "--", "-.", ":")
@@ -17,6 +18,9 @@ LABELS = {
     "fid": "FID",
     "validation_loss": "held-out loss of epsilon",
     "bits_per_dim": "negative ELBO, bits per dimension",
+    "validation_loss_by_log_snr": "held-out loss of epsilon",
+    "loss": "training loss of epsilon",
+    "gap": "gap to the optimal loss",
 }
 LOG_SNR = "log-SNR   (noise  ←   → clean)"
 Series = Sequence[Sequence[float]]
@@ -38,14 +42,6 @@ def label_of(metric: str) -> str:
 def style_of(place: int) -> dict[str, str]:
     """Return colour and line style of the curve at a place."""
     return {"color": COLOURS[place % len(COLOURS)], "ls": STYLES[place // len(COLOURS) % len(STYLES)]}
-
-
-class Plain(LogFormatter):
-    """Numbers as they are written, at the ticks that a logarithmic axis labels."""
-
-    def __call__(self, x: float, pos: int | None = None) -> str:
-        """Return the label of a tick."""
-        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def curves(
@@ -78,8 +74,7 @@ def curves(
         if metric in floors:
             ax.axhline(floors[metric], color="0.3", lw=0.9, ls="--", label="real against real")
         ax.set_yscale("log")
-        ax.yaxis.set_major_formatter(Plain())
-        ax.yaxis.set_minor_formatter(Plain(minor_thresholds=(1, 0.4)))
+        _plain_ticks(ax.yaxis)
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
         if row == 0:
@@ -105,7 +100,10 @@ def profiles(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[f
         for place, (label, (log_snr, values)) in enumerate(panel.items()):
             ax.plot(log_snr, values, label=label, lw=1.7, **style_of(place))
         ax.set(title=title, xlabel=LOG_SNR)
-        ax.set_yscale("symlog" if any(min(v) <= 0 for _, v in panel.values()) else "log")
+        if any(value <= 0 for _, values in panel.values() for value in values):
+            ax.axhline(0, color="0.3", lw=0.8)  # a measured gap can be below 0 by its error
+        else:
+            ax.set_yscale("log")
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel(label_of(name))
@@ -162,11 +160,18 @@ def scaling(panels: Mapping[str, tuple[Series, Series]], unit: str) -> Figure:
         ax.plot(*zip(*fitted, strict=True), color=COLOURS[1], label="power law")
         ax.set(title=title, xlabel=unit, ylabel="loss", xscale="log", yscale="log")
         for axis in (ax.xaxis, ax.yaxis):
-            axis.set_minor_locator(LogLocator(subs=(2, 5)))
+            _plain_ticks(axis)
         ax.grid(alpha=0.25, which="both")
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False, fontsize=9)
     return figure
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """Label a logarithmic axis at 1, 2 and 5 of every decade, or more closely within one, in plain numbers."""
+    axis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("{x:g}")
 
 
 def _legend(figure: Figure, axes: np.ndarray) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -34,7 +35,7 @@ class Record:
         levels: axis -> level.
         seed: of everything random.
         settings: its options, as ``Run.settings``.
-        series: metric -> [step, value] of every evaluation.
+        series: metric -> [step, value] of every evaluation, NaN for what is not finite.
         profiles: name -> step, log_snr and values.
         variance: fraction of the steps -> log_snr and variance of the unweighted loss there.
         results: the scalars of results.json.
@@ -94,12 +95,15 @@ def results_of(folder: Path) -> dict[str, Any] | None:
 
 
 def _series(lines: list[dict[str, Any]], name: str, results: Mapping[str, Any]) -> list[list[float]]:
+    """Return a metric's values; NaN from the step on where the training loss is not finite: nothing is sampled then."""
     found = {line["step"]: line[name] for line in lines if name in line}
     if name in results:
         found.setdefault(results["steps"], results[name])  # what is measured at the end only
     if not found:
         raise IncompleteError(f"no line of metrics.jsonl has {name!r}")
-    return [[step, found[step]] for step in sorted(found)]
+    lost = min((line["step"] for line in lines if not math.isfinite(line.get("loss", 0.0))), default=math.inf)
+    known = {step: math.isfinite(value) and step < lost for step, value in found.items()}
+    return [[step, found[step] if known[step] else math.nan] for step in sorted(found)]
 
 
 def _profile(lines: list[dict[str, Any]], name: str) -> dict[str, Any]:
@@ -132,7 +136,7 @@ def _losses(folder: Path, since: float | None) -> dict[str, dict[str, Any]]:
 
 
 def _variance(folder: Path, fractions: list[float]) -> dict[str, dict[str, list[float]]]:
-    """Return by fraction of the steps the variance between the snapshot before it and the one there."""
+    """Return by fraction of the steps the variance of all losses up to the snapshot that is nearest."""
     if not fractions:
         return {}
     tracker = snrweights.LossVarianceTracker.load(folder / "tracker.safetensors")

@@ -168,8 +168,13 @@ class Runner:
                 if (lock := try_lock(self.place.folder(run))) is None:
                     continue
                 waiting.remove(run)
-                if not self._is_done(run, lock):
+                if self._is_done(run, lock):
+                    continue
+                try:
                     active.append(self._start(run, lock))
+                except OSError as error:  # no room, or no such program
+                    os.close(lock)
+                    self._fail(run, f"it could not be started: {error}")
             if waiting and not active and not told:
                 told = True
                 print(f"Another process is making {len(waiting)} of the runs: waiting for it.", flush=True)
@@ -218,10 +223,10 @@ class Runner:
     def _keep(self, run: Run) -> None:
         try:
             record = collect(self.place.folder(run), run, self.study.collect, threads=self.threads)
-        except IncompleteError as error:
-            self._fail(run, str(error))
+            add_record(self.place.records, record, [run.name for run in self.study.runs], self.place.lock)
+        except (IncompleteError, OSError) as error:  # the folder stays: it is read again the next time
+            self._fail(run, f"its numbers could not be kept: {error}")
             return
-        add_record(self.place.records, record, [run.name for run in self.study.runs], self.place.lock)
         numbers = ", ".join(f"{name} {record.last(name):.4g}" for name in record.series)
         print(f"{run.name}: done in {record.seconds:.0f} s, {numbers}", flush=True)
 
