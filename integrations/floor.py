@@ -18,7 +18,7 @@ from snrweights.optimal.reference import ReferenceSet
 FILE = "optimal_loss.safetensors"
 LEVELS = torch.linspace(8, -8, 65, dtype=torch.float64).exp().flip(0)  # log-SNR from -16 to 16, as trackers have it
 DRAWS = 2048
-_FEW = 64  # images of a dry run
+_FEW = 64  # images of a dry run, and draws
 _SAME = ("data", "points", "dim", "groups", "flips")
 
 
@@ -53,7 +53,8 @@ def floor_of(
         kept = path if options.run.resume and path.is_file() else source
         reference = training_images(data, options, progress=True)
         try:
-            curve = reference.measure(accelerator.device) if kept == "measure" else OptimalLossCurve.load(kept)
+            draws = _FEW if options.run.dry_run else DRAWS
+            curve = reference.measure(accelerator.device, draws) if kept == "measure" else OptimalLossCurve.load(kept)
             reference.check(curve, str(kept))
         except (FileNotFoundError, ValueError) as error:
             raise SystemExit(f"`--optimal-loss {source}`: {error}") from None
@@ -94,9 +95,9 @@ class TrainingImages:
         self.images, self.labels, self.flips = images, labels, flips
         self.class_dropout, self.seed = class_dropout, seed
 
-    def measure(self, device: torch.device | str = "cpu") -> OptimalLossCurve:
+    def measure(self, device: torch.device | str = "cpu", draws: int = DRAWS) -> OptimalLossCurve:
         """Return the curve: with class dropout p, (1 - p) times that with labels, and p times that without."""
-        options: dict[str, Any] = {"draws": DRAWS, "seed": self.seed, "flips": self.flips, "device": device}
+        options: dict[str, Any] = {"draws": draws, "seed": self.seed, "flips": self.flips, "device": device}
         if self.labels is None or self.class_dropout == 0:
             return optimal_loss(self.images, LEVELS, labels=self.labels, **options)
         told = optimal_loss(self.images, LEVELS, labels=self.labels, **options)
