@@ -15,16 +15,8 @@ from matplotlib.figure import Figure
 from studies import Study
 from study_claims import PROFILES, distances, fewer_steps, groups, laws, lower, mean_profile, select
 from study_records import Record
-from study_statistics import (
-    Bounds,
-    Estimate,
-    brown_forsythe,
-    estimate,
-    holm,
-    mean_and_std,
-    steps_to,
-    welch,
-)
+from study_statistics import Bounds, Estimate, brown_forsythe, estimate, holm, steps_to, welch
+from study_text import interval, markdown, number, share, with_spread
 
 from snrweights.optimal.scaling import power_law
 
@@ -53,68 +45,6 @@ def analysis(function: Callable[..., Section]) -> Callable[..., Section]:
     """Register an analysis by its name: a section from study, records, and the arguments in the study's file."""
     ANALYSES[function.__name__] = function
     return function
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table.
-
-    Example:
-        >>> print(markdown(["method", "steps"], [["`ddpm`", "300"]]))
-        | method | steps |
-        |---|---|
-        | `ddpm` | 300 |
-        <BLANKLINE>
-    """
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join(lines) + "\n"
-
-
-def number(value: float, digits: int = 3) -> str:
-    """Write a number, or nothing for NaN.
-
-    Example:
-        >>> number(0.12345), number(float("nan"))
-        ('0.123', '')
-    """
-    return "" if math.isnan(value) else f"{value:#.{digits}g}".rstrip(".")
-
-
-def percent(bounds: Bounds) -> str:
-    """Write an interval of shares.
-
-    Example:
-        >>> percent((0.1, 0.25)), percent((-float("inf"), 0.25))
-        ('+10 to +25 %', 'unknown to +25 %')
-    """
-    if not any(map(math.isfinite, bounds)):
-        return "unknown"
-    low, high = (f"{100 * end:+.0f}" if math.isfinite(end) else "unknown" for end in bounds)
-    return f"{low} to {high} %"
-
-
-def with_spread(values: Sequence[float]) -> str:
-    """Write mean and standard deviation of what is finite, and how many are not.
-
-    Example:
-        >>> with_spread([1.0, 2.0, 3.0]), with_spread([1.0, 3.0, float("nan")]), with_spread([float("nan")])
-        ('2.00 ± 1.0', '2.00 ± 1.4, 1 not finite', '1 not finite')
-    """
-    finite = [value for value in values if math.isfinite(value)]
-    words = [f"{len(values) - len(finite)} not finite"] if len(finite) < len(values) else []
-    if finite:
-        mean, std = mean_and_std(finite)
-        words.insert(0, number(mean) + ("" if math.isnan(std) else f" ± {number(std, 2)}"))
-    return ", ".join(words)
-
-
-def share_of(value: float) -> str:
-    """Write a share.
-
-    Example:
-        >>> share_of(0.125), share_of(float("nan"))
-        ('+12 %', 'unknown')
-    """
-    return f"{100 * value:+.0f} %" if math.isfinite(value) else "unknown"
 
 
 def blocks(study: Study, records: list[Record], by: Sequence[str]) -> Iterable[tuple[str, list[Record]]]:
@@ -165,9 +95,8 @@ def final(
             values = [record.last(metric) for record in select(found, {compare: level})]
             if not values:
                 continue
-            share = (
-                None if level == reference else estimate(lower(found, {compare: level}, {compare: reference}, metric))
-            )
+            one, other = {compare: level}, {compare: reference}
+            less = None if level == reference else estimate(lower(found, one, other, metric))
             t, degrees, p = (math.nan,) * 3 if level == reference else welch(values, base)
             spread = math.nan if level == reference else brown_forsythe(values, base)
             rows.append(
@@ -176,7 +105,7 @@ def final(
                     "block": title,
                     "level": level,
                     "values": values,
-                    "lower": share and {"mean": share.mean[0], "t": share.interval, "bootstrap": share.bootstrap},
+                    "lower": less and {"mean": less.mean[0], "t": less.interval, "bootstrap": less.bootstrap},
                     "welch": {"t": t, "degrees": degrees, "p": p},
                     "spread_p": spread,
                 }
@@ -185,23 +114,28 @@ def final(
         tested = [row["welch"]["p"] if name == "welch" else row["spread_p"] for row in rows]
         for row, p in zip(rows, holm(tested), strict=True):
             row[f"{name}_p_holm"] = p
-    head = ["metric", *([", ".join(by)] if by else []), compare, "mean ± std", "seeds", f"lower than {reference}"]
-    head += ["95 %, bootstrap", "Welch t", "p", "p, Holm", "p of spread, Holm"]
+    head = ["metric", *([", ".join(by)] if by else []), compare, "mean ± std", "seeds"]
+    head += [f"lower than {reference} (95 %)", "Welch's t", "p", "p of spread"]
     lines = []
     for row in rows:
-        share = row["lower"]
         cells = [figures.label_of(row["metric"]), *([row["block"]] if by else []), f"`{row['level']}`"]
         cells += [with_spread(row["values"]), str(len(row["values"]))]
-        cells += [share_of(share["mean"]) if share else ""]
-        cells += [percent(share["bootstrap"]) if share and share["bootstrap"] else ""]
-        cells += [number(row["welch"][name]) for name in ("t", "p")]
-        cells += [number(row["welch_p_holm"]), number(row["spread_p_holm"])]
+        cells += [lower_cell(row["lower"])]
+        cells += [number(value) for value in (row["welch"]["t"], row["welch_p_holm"], row["spread_p_holm"])]
         lines.append(cells)
     text = markdown(head, lines) + (
-        "\nWelch's t compares means; the spreads are compared by Brown and Forsythe's test, which sees little with few "
-        "seeds. Holm's correction counts the comparisons of this table. Shares are of runs with the same seed.\n"
+        "\nShares are of runs with the same seed, their intervals by bootstrap over seeds. Welch's t compares means; "
+        "spreads are compared by Brown and Forsythe's test, which sees little with few seeds. Both p are corrected for "
+        "the comparisons of this table (Holm); as they were before they are in `results.json`.\n"
     )
     return Section("At the end", text, rows)
+
+
+def lower_cell(found: Mapping[str, Any] | None) -> str:
+    """Write by what share a level is lower than the reference, and the interval where there is one."""
+    if not found:
+        return ""
+    return share(found["mean"]) + (f" ({interval(found['bootstrap'], percent=True)})" if found["bootstrap"] else "")
 
 
 @analysis
@@ -254,8 +188,7 @@ def reached_cell(reached: Sequence[Bounds], saved: Estimate | None) -> str:
     if len(known) < len(reached):
         cell += f" {len(known) + early} of {len(reached)}" + (" before the first evaluation" if early else "")
     if saved:
-        low, high = saved.mean
-        cell += f" ({percent(saved.mean)})" if low < high else f" ({100 * low:+.0f} %)"
+        cell += f" ({interval(saved.mean, percent=True)})"
     return cell.strip()
 
 
@@ -306,9 +239,9 @@ def factors(study: Study, records: list[Record], metrics: Sequence[str], referen
             row["axis"],
             f"`{row['level']}`",
             f"`{row['reference']}`",
-            share_of(row["mean"]),
-            percent(row["t"]),
-            percent(row["bootstrap"]) if row["bootstrap"] else "",
+            share(row["mean"]),
+            interval(row["t"], percent=True),
+            interval(row["bootstrap"], percent=True) if row["bootstrap"] else "",
         ]
         for row in rows
     ]
@@ -394,10 +327,9 @@ def scaling(
     for name in PROFILES if found else ():
         values = [list(of_size) for of_size in zip(*(both[name][0] for both in found.values()), strict=True)]
         law, together = power_law(list(sizes.values()), values), [both[name][1].r_squared for both in found.values()]
-        low, high = law.exponent_interval
         cells = [
             number(law.exponent),
-            f"{number(low)} to {number(high)}",
+            interval(law.exponent_interval),
             number(law.r_squared),
             number(law.correlation),
         ]

@@ -16,6 +16,7 @@ from snrweights.optimal.scaling import PowerLaw, power_law
 SEEN, NOT_SEEN, UNDECIDED, TOO_FEW = "seen", "not seen", "not decidable at this size", "too few runs yet"
 Effect = Callable[..., dict[int, Bounds]]
 EFFECTS: dict[str, Effect] = {}
+SHARES = ("lower", "lower_profile", "fewer_steps")  # are written in percent
 
 
 def effect(function: Effect) -> Effect:
@@ -199,6 +200,7 @@ class Judged:
         published: what its source reports, marked as such.
         source: where.
         rule: the region, as the study's file fixed it.
+        percent: whether the effect is a share.
         estimate: of the effect.
         verdict: seen, not seen, not decidable at this size, or too few runs yet.
     """
@@ -207,6 +209,7 @@ class Judged:
     published: str
     source: str
     rule: str
+    percent: bool
     estimate: Estimate | None
     verdict: str
 
@@ -217,18 +220,27 @@ def judge(study: Study, records: Sequence[Record]) -> list[Judged]:
     for item in study.claims:
         found = estimate(EFFECTS[item["effect"]](select(records, item.get("where", {})), **item["of"]))
         interval = found.interval if found else EVERYTHING
-        low, high = item["seen"]
-        rule = f"{item['effect'].replace('_', ' ')} " + (
-            f"above {low:g}" if high is None else f"below {high:g}" if low is None else f"within {low:g} and {high:g}"
-        )
         judged.append(
             Judged(
                 claim=item["claim"],
                 published=str(item.get("published", "")),
                 source=item.get("source", ""),
-                rule=rule,
+                rule=f"{item['effect'].replace('_', ' ')}: {region_of(item['seen'], item['effect'] in SHARES)}",
+                percent=item["effect"] in SHARES,
                 estimate=found,
                 verdict=verdict(interval, item["seen"]) if found else TOO_FEW,
             )
         )
     return judged
+
+
+def region_of(seen: Sequence[float | None], percent: bool) -> str:
+    """Write the region of a claim.
+
+    Example:
+        >>> region_of([0, None], percent=True), region_of([None, 0.5], False), region_of([-0.1, 0.1], True)
+        ('above 0 %', 'below 0.5', 'from -10 to 10 %')
+    """
+    low, high = (None if end is None else f"{100 * end if percent else end:g}" for end in seen)
+    text = f"above {low}" if high is None else f"below {high}" if low is None else f"from {low} to {high}"
+    return text + " %" * percent

@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from analyses import ANALYSES, Section, markdown, number
+from analyses import ANALYSES, Section
 from snrweights.integrations.files import write_text
 from studies import Study
 from study_claims import Judged, judge, select
 from study_records import Record
-from study_statistics import Bounds
+from study_text import interval, markdown
 
 from snrweights.plots import save
 
@@ -117,22 +117,11 @@ def claims_table(judged: Sequence[Judged]) -> str:
         found = claim.estimate
         here = ""
         if found:
-            mean, interval = (range_of(bounds) for bounds in (found.mean, found.interval))
-            here = f"{mean} ({interval}), {len(found.seeds)} seeds"
+            mean, around = (interval(bounds, claim.percent) for bounds in (found.mean, found.interval))
+            here = f"{mean} ({around}), {len(found.seeds)} seed{'s' * (len(found.seeds) != 1)}"
         published = f"{claim.published} ({claim.source})" if claim.published else ""
         rows.append([claim.claim, published, here, claim.rule, f"**{claim.verdict}**"])
     return markdown(["claim", "published", "here: mean (95 %)", "seen if", "verdict"], rows)
-
-
-def range_of(bounds: Bounds) -> str:
-    """Write bounds as one number where they are one.
-
-    Example:
-        >>> range_of((0.5, 0.5)), range_of((0.25, 0.5)), range_of((0.25, float("inf")))
-        ('0.500', '0.250 to 0.500', '0.250 to unknown')
-    """
-    low, high = (number(end) if math.isfinite(end) else "unknown" for end in bounds)
-    return low if bounds[0] == bounds[1] or not any(map(math.isfinite, bounds)) else f"{low} to {high}"
 
 
 def made(records: Sequence[Record]) -> dict[str, Any]:

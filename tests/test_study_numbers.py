@@ -217,10 +217,10 @@ def test_the_report(records, tmp_path):
     )
     write_report(asked, records, tmp_path, "the command")
     page = (tmp_path / "README.md").read_text()
-    assert "| Lower | 21 % (them) | 0.200 (0.200), 3 seeds | lower above 0 | **seen** |" in page
-    assert "| On cosine | 21 % (them) |  | lower above 0 | **too few runs yet** |" in page
-    assert "| lower below 0.1 | **not seen** |" in page
-    assert "| fd | linear | `min_snr` | 1.80 ± 0.10 | 3 | +20 % | +20 to +20 % |" in page
+    assert "| Lower | 21 % (them) | +20 % (+20 %), 3 seeds | lower: above 0 % | **seen** |" in page
+    assert "| On cosine | 21 % (them) |  | lower: above 0 % | **too few runs yet** |" in page
+    assert "| lower: below 10 % | **not seen** |" in page
+    assert "| fd | linear | `min_snr` | 1.80 ± 0.10 | 3 | +20 % (+20 %) |" in page
     assert "| fd | method | `min_snr` | `ddpm` | +20 % |" in page
     assert "## Drawn\n" in page
     assert (tmp_path / "2-course.png").stat().st_size > 10_000
@@ -300,7 +300,7 @@ def test_a_run_that_diverged_neither_ends_the_page_nor_vanishes_from_it(records,
     assert "nan" not in page
     assert ("**Not finite: `linear-min_snr-s1` (fd).**" in page) == math.isnan(bad)
     assert ("| fd | `min_snr` | 1.85 ± 0.071, 1 not finite | 3 | unknown |" in page) == math.isnan(bad)
-    assert "| lower | 21 % (them) | unknown (unknown), 3 seeds | lower above 0 | **not decidable" in page
+    assert "| lower | 21 % (them) | unknown (unknown), 3 seeds | lower: above 0 % | **not decidable" in page
 
 
 def test_steps_that_were_not_reached_are_said(records):
