@@ -97,12 +97,13 @@ def what_it_costs(options: Any, trainer: Any) -> str:
     activations = sum(size for pointer, size in saved.items() if pointer not in weights) / 2 * batch
     step = counter.get_total_flops() / 2 * batch * accumulate
     hours = step * options.optimizer.max_steps / (UTILISATION * PEAK_FLOPS) / 3600
+    time = f"{hours:.0f}" if hours >= 10 else f"{hours:.2g}"
     lines = {
         "parameters": f"{parameters / 1e6:.2f} M",
         "weights, gradients, Adam, average": f"{parameters * 4 * 5 / 2**30:.2f} GiB in float32",
         "activations saved for backward": f"{activations / 2**30:.2f} GiB in float32 at {batch} images per process",
         "FLOPs of a step": f"{step / 1e12:.3f} T ({batch} x {accumulate} images per process)",
         "steps": f"{options.optimizer.max_steps}",
-        "estimated time": f"{hours:.2g} hours on one {GPU} at {UTILISATION:.0%} utilisation, training alone",
+        "estimated time": f"{time} hours on one {GPU} at {UTILISATION:.0%} utilisation, training alone",
     }
     return "Dry run: every part works.\n" + "\n".join(f"  {name}: {value}" for name, value in lines.items())
