@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from snrweights.masked import MaskedSchedule, get_masked_schedule
 from snrweights.schedules import exact_dtype
 
 Predict = Callable[[Tensor], Tensor]
@@ -17,7 +18,7 @@ def ancestral(
     predict: Predict,
     tokens: Tensor,
     mask_id: int,
-    schedule: Any,
+    schedule: str | MaskedSchedule,
     steps: int,
     *,
     generators: Sequence[torch.Generator],
@@ -34,13 +35,17 @@ def ancestral(
         predict: from tokens (B, L) to logits (B, L, K).
         tokens: (B, L), ``mask_id`` where masked; the others stay.
         mask_id: stands for a masked token; not in [0, K).
-        schedule: with ``alpha``, as ``snrweights.masked`` has it.
+        schedule: a name or a ``MaskedSchedule``.
         steps: how many, at least 1.
         generators: one for each row, on the CPU; a row does not depend on the others.
         temperature: divides the logits; 0: the likeliest token.
 
     Returns:
         (B, L), none masked.
+
+    Raises:
+        ValueError: an unknown schedule, steps below 1, a temperature that is negative or not finite, another number of
+            generators than rows, a ``mask_id`` that is one of the K tokens, or logits of another shape or NaN.
 
     Source: Shi et al. 2024, arXiv 2406.04329; Sahoo et al. 2024, arXiv 2406.07524.
 
@@ -55,7 +60,7 @@ def ancestral(
     for alpha in kept:
         due = (tokens == mask_id) & (when < alpha)
         if bool(due.any()):
-            tokens = tokens.masked_scatter(due, _draw(predict(tokens)[due], which[due], temperature))
+            tokens = tokens.masked_scatter(due, _draw(_logits(predict, tokens, mask_id)[due], which[due], temperature))
     return tokens
 
 
@@ -63,7 +68,7 @@ def by_confidence(
     predict: Predict,
     tokens: Tensor,
     mask_id: int,
-    schedule: Any,
+    schedule: str | MaskedSchedule,
     steps: int,
     *,
     generators: Sequence[torch.Generator],
@@ -85,7 +90,7 @@ def by_confidence(
         predict: from tokens (B, L) to logits (B, L, K).
         tokens: (B, L), ``mask_id`` where masked; the others stay.
         mask_id: stands for a masked token; not in [0, K).
-        schedule: with ``alpha``, as ``snrweights.masked`` has it.
+        schedule: a name or a ``MaskedSchedule``.
         steps: how many, at least 1.
         generators: one for each row, on the CPU; a row does not depend on the others.
         temperature: divides the logits; 0: the likeliest token.
@@ -93,6 +98,10 @@ def by_confidence(
 
     Returns:
         (B, L), none masked.
+
+    Raises:
+        ValueError: an unknown schedule, steps below 1, a temperature that is negative or not finite, another number of
+            generators than rows, a ``mask_id`` that is one of the K tokens, or logits of another shape or NaN.
 
     Source: Chang et al. 2022, arXiv 2202.04200.
 
@@ -104,8 +113,8 @@ def by_confidence(
         ... )
         tensor([[1, 1, 1, 1]])
     """
-    if choice_temperature < 0:
-        raise ValueError(f"`choice_temperature` must be >= 0, got {choice_temperature}.")
+    if not 0 <= choice_temperature < math.inf:
+        raise ValueError(f"`choice_temperature` must be finite and >= 0, got {choice_temperature}.")
     kept = _kept(schedule, steps, temperature, tokens, generators)
     at_first = (tokens == mask_id).sum(1)
     for step, alpha in enumerate(kept, 1):
@@ -114,7 +123,7 @@ def by_confidence(
         if bool((masked.sum(1) == left).all()):
             continue
         which, noise = _uniform(generators, 2, tokens)
-        logits = predict(tokens)
+        logits = _logits(predict, tokens, mask_id)
         drawn = _draw(logits, which, temperature)
         sure = logits.to(noise.dtype).log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
         if choice_temperature:
@@ -128,18 +137,34 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {"ancestral": ancestral, "confidenc
 
 
 def _kept(
-    schedule: Any, steps: int, temperature: float, tokens: Tensor, generators: Sequence[torch.Generator]
+    schedule: str | MaskedSchedule,
+    steps: int,
+    temperature: float,
+    tokens: Tensor,
+    generators: Sequence[torch.Generator],
 ) -> list[float]:
     """Return alpha after each step, the last of which keeps all; refuse what cannot be sampled."""
     if steps < 1:
         raise ValueError(f"`steps` must be >= 1, got {steps}.")
-    if temperature < 0:
-        raise ValueError(f"`temperature` must be >= 0, got {temperature}.")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"`temperature` must be finite and >= 0, got {temperature}.")
     if len(generators) != len(tokens):
         raise ValueError(f"`generators` must be one for each of {len(tokens)} rows, got {len(generators)}.")
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    alphas: list[float] = schedule.alpha(times)[1:-1].tolist()
+    alphas: list[float] = get_masked_schedule(schedule).alpha(times)[1:-1].tolist()
     return [*alphas, 1.0]
+
+
+def _logits(predict: Predict, tokens: Tensor, mask_id: int) -> Tensor:
+    """Return what the model says, (B, L, K); refuse what would be sampled without an error, and wrongly."""
+    logits = predict(tokens)
+    if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
+        raise ValueError(f"`predict` must return (B, L, K) of {tuple(tokens.shape)}, got {tuple(logits.shape)}.")
+    if 0 <= mask_id < logits.shape[2]:
+        raise ValueError(f"`mask_id` must not be one of the {logits.shape[2]} tokens of `predict`, got {mask_id}.")
+    if bool(logits.isnan().any()):
+        raise ValueError("`predict` returned logits that are not numbers, got nan.")
+    return logits
 
 
 def _uniform(generators: Sequence[torch.Generator], count: int, tokens: Tensor) -> Tensor:

@@ -203,6 +203,12 @@ def test_a_step_reads_no_values(method, counts):
         ({"tokens": torch.ones(5, LENGTH) > 0}, TypeError, "`tokens` must be a tensor of integers, got torch.bool"),
         ({"tokens": torch.ones(LENGTH).long()}, ValueError, r"`tokens` must have shape \(B, L\).*got \(4,\)"),
         ({"tokens": torch.ones(0, LENGTH).long()}, ValueError, r"`tokens` must have shape \(B, L\).*got \(0, 4\)"),
+        (
+            {"tokens": torch.full((5, LENGTH), TOKENS)},
+            ValueError,
+            rf"`tokens` must lie in \[0, {TOKENS}\).*got {TOKENS}",
+        ),
+        ({"tokens": torch.full((5, LENGTH), -100)}, ValueError, rf"`tokens` must lie in \[0, {TOKENS}\).*got -100"),
         ({"logits": torch.ones(5, TOKENS)}, ValueError, r"`logits` must have shape \(5, 4, K\).*got \(5, 3\)"),
         (
             {"logits": torch.ones(5, TOKENS, LENGTH)},

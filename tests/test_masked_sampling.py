@@ -209,12 +209,28 @@ def test_tokens_that_are_equally_sure_are_revealed_in_the_prescribed_number_whic
     ("name", "options", "said"),
     [
         ("ancestral", {"steps": 0}, "`steps` must be >= 1, got 0"),
-        ("confidence", {"temperature": -1.0}, "`temperature` must be >= 0, got -1.0"),
-        ("confidence", {"choice_temperature": -0.5}, "`choice_temperature` must be >= 0, got -0.5"),
+        ("confidence", {"temperature": -1.0}, "`temperature` must be finite and >= 0, got -1.0"),
+        ("confidence", {"choice_temperature": -0.5}, "`choice_temperature` must be finite and >= 0, got -0.5"),
+        ("ancestral", {"temperature": float("nan")}, "`temperature` must be finite and >= 0, got nan"),
+        ("confidence", {"schedule": "cosin"}, "Unknown masking schedule 'cosin'; choose one of"),
         ("ancestral", {"generators": []}, "`generators` must be one for each of 2 rows, got 0"),
     ],
 )
 def test_what_cannot_be_is_refused(name, options, said):
-    options = {"steps": 2, "generators": generators(2), **options}
+    options = {"steps": 2, "generators": generators(2), "schedule": "linear", **options}
     with pytest.raises(ValueError, match=said):
-        SAMPLERS[name](exact, masked(2), LEVELS, LinearSchedule(), **options)
+        SAMPLERS[name](exact, masked(2), LEVELS, **options)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize(
+    ("shape", "value", "said"),
+    [
+        ((2, 3, LEVELS), float("nan"), "`predict` returned logits that are not numbers, got nan"),
+        ((2, 3, LEVELS + 1), 0.0, f"`mask_id` must not be one of the {LEVELS + 1} tokens of `predict`, got {LEVELS}"),
+        ((2, 1, LEVELS), 0.0, rf"`predict` must return \(B, L, K\) of \(2, 3\), got \(2, 1, {LEVELS}\)"),
+    ],
+)
+def test_logits_that_cannot_be_drawn_from_are_refused(name, shape, value, said):
+    with pytest.raises(ValueError, match=said):
+        SAMPLERS[name](lambda x: torch.full(shape, value), masked(2, 3), LEVELS, "linear", 2, generators=generators(2))

@@ -33,7 +33,7 @@ def token_sum(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         (B,).
 
     Raises:
-        ValueError: shapes that do not go together.
+        ValueError: shapes that do not go together, or on the CPU a masked token outside [0, K).
         TypeError: tokens that are not integers, or a mask that is not bool.
 
     Example:
@@ -48,6 +48,13 @@ def token_sum(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         raise TypeError(f"`mask` must be bool, True where a token is masked, got {mask.dtype}.")
     if mask.shape != tokens.shape:
         raise ValueError(f"`mask` must have the shape of `tokens`, {tuple(tokens.shape)}, got {tuple(mask.shape)}.")
+    if tokens.device.type == "cpu":
+        outside = tokens[mask & ((tokens < 0) | (tokens >= logits.shape[2]))]
+        if len(outside):
+            raise ValueError(
+                f"`tokens` must lie in [0, {logits.shape[2]}) where masked, as many as `logits` tells apart, "
+                f"got {outside[0].item()}."
+            )
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
     targets = tokens.long().masked_fill(~mask, _IGNORED).flatten()
     losses = functional.cross_entropy(wide, targets, ignore_index=_IGNORED, reduction="none")
@@ -135,7 +142,8 @@ def masked_loss(
         A scalar, or (B,) without reduction: nats per sequence.
 
     Raises:
-        ValueError: an unknown name, shapes that do not go together, or on the CPU a t outside [0, 1].
+        ValueError: an unknown name, shapes that do not go together, or on the CPU a t outside [0, 1] or a masked token
+            outside [0, K).
         TypeError: tokens that are not integers, a mask that is not bool, a t that is not floating point.
 
     Source: Shi & Titsias 2025, arXiv 2511.19664; Shi et al. 2024 (MD4), arXiv 2406.04329.
