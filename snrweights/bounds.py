@@ -294,6 +294,8 @@ def cascade(
     low, high = float(levels[0]), float(levels[-1])
     at_low, at_high = information(curve, low), information(curve, high)
     dim = int(curve.made["dim"])
+    if data is not None and data[0].numel() != dim:
+        raise ValueError(f"`data` must have {dim} numbers in a point, as `curve` has, got {data[0].numel()}.")
     variance = curve.made["variance"] / dim
     pixels = data is not None and data.dtype == torch.uint8
     return Cascade(

@@ -499,6 +499,8 @@ def test_curves_that_do_not_fit_are_named():
     gap = diagnose(poor_images, POINTS[:, None], torch.tensor([-1.0, 1.0]), LINE)
     with pytest.raises(ValueError, match="is not the one that `losses` were compared with"):
         cascade(gap, gaussian_curve(0.5, 1), "flow")
+    with pytest.raises(ValueError, match="`data` must have 1 numbers in a point, as `curve` has, got 7"):
+        cascade(torch.ones(2), LINE, "flow", log_snr=[0.0, 1.0], data=torch.zeros(5, 7, dtype=torch.uint8))
     with pytest.raises(ValueError, match="Unknown weighting 'sigmoids'"):
         EXACT.improved_bound("sigmoids")
     with pytest.raises(ValueError, match="has no hyperparameter 'gamma'"):
