@@ -262,8 +262,9 @@ def cascade(
             ``device``.
 
     Raises:
-        ValueError: levels that do not rise or that the curve does not reach, losses of another shape, a curve of other
-            data, or no data to go with a denoiser or with a curve of an older version.
+        ValueError: levels that do not rise or that the curve does not reach, losses of another shape, a curve that
+            they were not compared with or of points of another dimension, or no data to go with a denoiser or with a
+            curve of an older version. Whether the curve is of these data, ``diagnose(...).same_data`` says.
 
     Source: see ``snrweights.bounds``.
 
