@@ -1,5 +1,6 @@
 """Settings of the whole test run."""
 
+import os
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import settings
 
 # the tensors here are small: more threads only wait for each other
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of children
 
 # the same examples in every run, and no complaint about a slow machine
 settings.register_profile("snrweights", derandomize=True, deadline=None, max_examples=200, database=None)

@@ -3,7 +3,9 @@
 import importlib
 import multiprocessing
 import os
+import socket
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +33,6 @@ def main(argv, threads=1, script="train"):
 
 def start(argv, before=None, output=os.devnull, script="train"):
     """Start main in a child of a server that has everything imported already; what it says goes to a file."""
-    os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training", "diffusers", "accelerate", "datasets", "snrweights.plots"])
     process = context.Process(target=_child, args=(argv, before, str(output), script))
@@ -47,6 +48,26 @@ def _child(argv, before, output, script):
     if before is not None:
         before()
     main(argv, script=script)
+
+
+def run_two(argv, folder, script="train", before=None):
+    """Run main on two gloo processes, with what torchrun tells them; imports would be most of what torchrun takes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    said = [folder / f"said-{rank}.txt" for rank in (0, 1)]
+    children = [start(argv, partial(_as_rank, rank, port, before), said[rank], script) for rank in (0, 1)]
+    for child in children:
+        child.join(300)
+    assert [child.exitcode for child in children] == [0, 0], "".join(path.read_text()[-3000:] for path in said)
+
+
+def _as_rank(rank, port, before):
+    where = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    told = where | {"RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"}
+    os.environ.update({name: str(value) for name, value in told.items()})
+    if before is not None:
+        before()
 
 
 def final_state(run, step):

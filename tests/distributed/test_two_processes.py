@@ -1,16 +1,13 @@
-"""Two gloo processes by torchrun against one process with the same global batch."""
+"""Two gloo processes against one process with the same global batch."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from fsdp_on_cpu import shard
 from PIL import Image
 from safetensors.torch import load_file
-from training import EXAMPLES, TINY, final_state, main
+from training import TINY, final_state, main, run_two
 
 pytestmark = pytest.mark.slow
 STEPS = 4
@@ -18,16 +15,12 @@ COMMON = [*TINY, "--dropout", "0", "--max-steps", str(STEPS), "--checkpointing-s
 COMMON += ["--eval-batch-size", "2", "--random-flip", "--logging-steps", "1", "--lr-warmup-steps", "100"]
 COMMON += ["--evaluation-steps", "2", "--evaluation-samples", "5"]
 IMPORTANCE = ["--importance", "gradient", "--importance-refresh", "2", "--draws", "stratified"]
-FSDP = Path(__file__).with_name("fsdp_on_cpu.py")
 
 
-def two(output, *argv, script=()):
-    """Run train.py on two processes; accelerate would start one on a CPU, so torchrun does."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    train = [*map(str, script), str(EXAMPLES / "train.py"), *COMMON, "--output-dir", str(output), *argv]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *train]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+def two(output, *argv, before=None):
+    """Run train.py on two processes."""
+    output.parent.mkdir(exist_ok=True)
+    run_two([*COMMON, "--output-dir", str(output), *argv], output.parent, before=before)
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +30,10 @@ def one(tmp_path_factory):
     return output
 
 
-@pytest.fixture(scope="module", params=[(), (FSDP,)], ids=["ddp", "fsdp"])
+@pytest.fixture(scope="module", params=[None, shard], ids=["ddp", "fsdp"])
 def both(request, tmp_path_factory):
     output = tmp_path_factory.mktemp("two") / "run"
-    two(output, *IMPORTANCE, "--train-batch-size", "4", script=request.param)
+    two(output, *IMPORTANCE, "--train-batch-size", "4", before=request.param)
     return output, request.param
 
 
@@ -86,12 +79,12 @@ def test_evaluations_over_training_are_equal_to_float_tolerance(one, both):
 
 
 def test_resumed_it_ends_bit_equal(both, tmp_path):
-    run, script = both
+    run, before = both
     resumed = tmp_path / "run"
     (resumed / "checkpoints").mkdir(parents=True)
     (resumed / "checkpoints" / "step-00000002").symlink_to(run / "checkpoints" / "step-00000002")
     (resumed / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
-    two(resumed, *IMPORTANCE, "--train-batch-size", "4", "--resume", "latest", script=script)
+    two(resumed, *IMPORTANCE, "--train-batch-size", "4", "--resume", "latest", before=before)
     first, second = final_state(run, STEPS), final_state(resumed, STEPS)
     different = [name for name in first if not torch.equal(first[name], second[name])]
     # a process's share of the statistics and of the running loss is summed in another order
@@ -111,9 +104,9 @@ def one_of_the_batch(tmp_path_factory):
     return output
 
 
-@pytest.mark.parametrize("script", [(), (FSDP,)], ids=["ddp", "fsdp"])
-def test_centre_and_uncertainty_are_of_the_batches_of_both(one_of_the_batch, tmp_path, script):
-    two(tmp_path / "run", *OF_THE_BATCH, "--train-batch-size", "4", script=script)
+@pytest.mark.parametrize("before", [None, shard], ids=["ddp", "fsdp"])
+def test_centre_and_uncertainty_are_of_the_batches_of_both(one_of_the_batch, tmp_path, before):
+    two(tmp_path / "run", *OF_THE_BATCH, "--train-batch-size", "4", before=before)
     first, second = (final_state(run, 2) for run in (one_of_the_batch, tmp_path / "run"))
     torch.testing.assert_close(first["weight.sums"], second["weight.sums"], rtol=1e-9, atol=0)
     losses = [[line["loss"] for line in log(run) if "loss" in line] for run in (one_of_the_batch, tmp_path / "run")]
