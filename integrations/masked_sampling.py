@@ -45,7 +45,8 @@ def ancestral(
 
     Raises:
         ValueError: an unknown schedule, steps below 1, a temperature that is negative or not finite, another number of
-            generators than rows, a ``mask_id`` that is one of the K tokens, or logits of another shape or NaN.
+            generators than rows, a ``mask_id`` that is one of the K tokens, or logits of another shape or with no
+            finite largest one.
 
     Source: Shi et al. 2024, arXiv 2406.04329; Sahoo et al. 2024, arXiv 2406.07524.
 
@@ -101,7 +102,8 @@ def by_confidence(
 
     Raises:
         ValueError: an unknown schedule, steps below 1, a temperature that is negative or not finite, another number of
-            generators than rows, a ``mask_id`` that is one of the K tokens, or logits of another shape or NaN.
+            generators than rows, a ``mask_id`` that is one of the K tokens, or logits of another shape or with no
+            finite largest one.
 
     Source: Chang et al. 2022, arXiv 2202.04200.
 
@@ -144,8 +146,8 @@ def _kept(
     generators: Sequence[torch.Generator],
 ) -> list[float]:
     """Return alpha after each step, the last of which keeps all; refuse what cannot be sampled."""
-    if steps < 1:
-        raise ValueError(f"`steps` must be >= 1, got {steps}.")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"`steps` must be an integer >= 1, got {steps!r}.")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"`temperature` must be finite and >= 0, got {temperature}.")
     if len(generators) != len(tokens):
@@ -162,8 +164,11 @@ def _logits(predict: Predict, tokens: Tensor, mask_id: int) -> Tensor:
         raise ValueError(f"`predict` must return (B, L, K) of {tuple(tokens.shape)}, got {tuple(logits.shape)}.")
     if 0 <= mask_id < logits.shape[2]:
         raise ValueError(f"`mask_id` must not be one of the {logits.shape[2]} tokens of `predict`, got {mask_id}.")
-    if bool(logits.isnan().any()):
-        raise ValueError("`predict` returned logits that are not numbers, got nan.")
+    largest = logits.amax(-1)  # NaN where one is; -inf is a token that cannot be
+    if not bool(largest.isfinite().all()):
+        raise ValueError(
+            f"`predict` must return logits with a finite largest one, got {largest[~largest.isfinite()][0].item()}."
+        )
     return logits
 
 

@@ -35,13 +35,14 @@ import torch
 from torch import Tensor
 
 from snrweights.densities import Density
-from snrweights.diagnose import Denoise, ModelGap, diagnose, stderr_of_mean
+from snrweights.diagnose import Denoise, ModelGap, check_reached, diagnose, stderr_of_mean
 from snrweights.elbo_terms import decoder_nats, prior_kl_of_points
 from snrweights.losses import Method
 from snrweights.objective import MONOTONE_TOLERANCE, log_objective
 from snrweights.optimal.curve import OptimalLossCurve
 from snrweights.optimal.information import information
 from snrweights.optimal.reference import ReferenceSet
+from snrweights.predictions import check_prediction_type
 from snrweights.schedulers import as_schedule
 from snrweights.schedules import Schedule
 from snrweights.weightings.base import _REGISTRY, get_weighting
@@ -262,9 +263,12 @@ def cascade(
             ``device``.
 
     Raises:
-        ValueError: levels that do not rise or that the curve does not reach, losses of another shape, a curve that
-            they were not compared with or of points of another dimension, or no data to go with a denoiser or with a
-            curve of an older version. Whether the curve is of these data, ``diagnose(...).same_data`` says.
+        ValueError: levels that do not rise or that the curve does not reach, losses of another shape or not finite, a
+            curve that they were not compared with or of points of another dimension, an unknown prediction type, or no
+            data to go with a denoiser or with a curve of an older version. Whether the curve is of these data,
+            ``diagnose(...).same_data`` says.
+
+        TypeError: losses or a curve of another type, or ``options`` without a denoiser.
 
     Source: see ``snrweights.bounds``.
 
@@ -278,6 +282,12 @@ def cascade(
         (True, True)
     """
     schedule = as_schedule(schedule)
+    if not isinstance(curve, OptimalLossCurve):
+        raise TypeError(f"`curve` must be an OptimalLossCurve, as OptimalLossCurve.load reads one, got {curve!r}.")
+    if not callable(losses) and not isinstance(losses, (ModelGap, Tensor)):
+        raise TypeError(f"`losses` must be a ModelGap, a denoiser or a tensor, got {type(losses).__name__}.")
+    if prediction_type is not None:
+        check_prediction_type(prediction_type)
     if not isinstance(losses, (ModelGap, Tensor)):
         if data is None:
             raise ValueError("`data` must be given with a denoiser, got None.")
@@ -295,8 +305,10 @@ def cascade(
     low, high = float(levels[0]), float(levels[-1])
     at_low, at_high = information(curve, low), information(curve, high)
     dim = int(curve.made["dim"])
-    if data is not None and data[0].numel() != dim:
-        raise ValueError(f"`data` must have {dim} numbers in a point, as `curve` has, got {data[0].numel()}.")
+    if data is not None and data.shape[1:].numel() != dim:
+        raise ValueError(f"`data` must have {dim} numbers in a point, as `curve` has, got {data.shape[1:].numel()}.")
+    if data is not None and len(data) == 0:
+        raise ValueError(f"`data` must have at least one point, got shape {tuple(data.shape)}.")
     variance = curve.made["variance"] / dim
     pixels = data is not None and data.dtype == torch.uint8
     return Cascade(
@@ -345,10 +357,11 @@ def _against_curve(
     levels = torch.as_tensor([] if log_snr is None else log_snr, dtype=torch.float64).contiguous()
     if levels.ndim != 1 or len(levels) < 2 or not bool((levels.diff() > 0).all()):
         raise ValueError(f"`log_snr` must be at least two rising noise levels, got {log_snr}.")
-    if losses.shape[:1] != levels.shape or losses.ndim > 2 or not bool(losses.isfinite().all()):
-        raise ValueError(
-            f"`losses` must be finite and (L,) or (L, M) with L = {len(levels)}, got {tuple(losses.shape)}."
-        )
+    if losses.shape[:1] != levels.shape or losses.ndim > 2:
+        raise ValueError(f"`losses` must be (L,) or (L, M) with L = {len(levels)}, got {tuple(losses.shape)}.")
+    if not bool(losses.isfinite().all()):
+        raise ValueError(f"`losses` must be finite, got {losses[~losses.isfinite()][0].item()}.")
+    check_reached(levels, curve)
     sigmas, by_draw = (-levels / 2).exp(), losses.double().reshape(len(levels), -1)
     error = torch.hypot(curve.stderr_at(sigmas), curve.interpolation_error_at(sigmas)) * levels.exp()
     return levels, by_draw * curve.made["dim"] - curve.at(sigmas, "epsilon")[:, None], error

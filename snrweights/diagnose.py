@@ -238,9 +238,7 @@ def diagnose(
     levels = torch.as_tensor(log_snr, dtype=torch.float64).unique()
     if levels.ndim != 1 or len(levels) < 2 or not bool(levels.isfinite().all()):
         raise ValueError(f"`log_snr` must be at least two different, finite noise levels, got {log_snr}.")
-    low, high = (-2 * curve.sigmas[[-1, 0]].log()).tolist()
-    if not low - _SLACK <= float(levels[0]) < float(levels[-1]) <= high + _SLACK:
-        raise ValueError(f"`log_snr` must lie within {low:.2f} to {high:.2f}, where the curve is, got {log_snr}.")
+    check_reached(levels, curve)
     sigmas = (-levels / 2).exp()
     optimum = curve.at(sigmas, reduction="mean")
     reference = ReferenceSet(data, labels, flips, device, chunk)
@@ -314,3 +312,13 @@ def _denoised(denoise: Denoise, x: Tensor, log_snr: Tensor, index: Tensor, batch
     if not bool(estimate.isfinite().all()):
         raise ValueError(f"`denoise` returned values that are not finite at log-SNR {float(log_snr):.2f}.")
     return estimate
+
+
+def check_reached(log_snr: Tensor, curve: OptimalLossCurve) -> None:
+    """Raise unless the curve reaches the rising levels ``log_snr`` (L,)."""
+    low, high = (-2 * curve.sigmas[[-1, 0]].log()).tolist()
+    first, last = float(log_snr[0]), float(log_snr[-1])
+    if not low - _SLACK <= first < last <= high + _SLACK:
+        raise ValueError(
+            f"`log_snr` must lie within {low:.2f} to {high:.2f}, where the curve is, got {first:g} to {last:g}."
+        )

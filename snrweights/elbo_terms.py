@@ -55,6 +55,7 @@ def decoder_nats(pixels: Tensor, log_snr: float) -> float:
 
     Raises:
         TypeError: values of another type.
+        ValueError: no values.
 
     Source: Kingma et al. 2021, arXiv 2107.00630, for the decoder.
 
@@ -65,6 +66,8 @@ def decoder_nats(pixels: Tensor, log_snr: float) -> float:
     """
     if pixels.dtype != torch.uint8:
         raise TypeError(f"`pixels` must be uint8, got {pixels.dtype}.")
+    if pixels.numel() == 0:
+        raise ValueError(f"`pixels` must have at least one point, got shape {tuple(pixels.shape)}.")
     share = pixels.flatten().to("cpu", torch.int64).bincount(minlength=_VALUES).double() / pixels.numel()
     share = (share + share.flip(0))[: _VALUES // 2]  # the values are symmetric
     density = torch.exp(-(_NODES**2) / 2)

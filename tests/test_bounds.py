@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -347,6 +349,19 @@ def test_a_weight_that_grows_without_bound_has_another_bound_on_every_range():
     assert edm.improved_bound("flow").growth == pytest.approx(math.exp(2), rel=1e-6)
 
 
+def test_the_guides_table_of_ranges_is_what_it_says():
+    guide = (Path(__file__).parent.parent / "examples/guides/bounds.md").read_text()
+    rows = re.findall(r"^\| (-\d) to 8 \| (.*) \|$", guide, re.MULTILINE)
+    assert [low for low, _ in rows] == ["-4", "-6", "-8"]
+    for low, numbers in rows:
+        levels = FINE[round(100 * (int(low) + 8)) :]
+        found = cascade(gaussian_losses(levels), GAUSSIAN, "flow", log_snr=levels)
+        values = [found.prior, *(found.improved_bound(name).nats for name in ("elbo", "sigmoid", "flow", "indi"))]
+        for said, value in zip(numbers.split(" | "), values, strict=True):
+            digits = len(said.split("e")[0].replace(".", "").lstrip("0"))
+            assert float(said) == float(f"{value:.{digits}g}")
+
+
 def test_the_last_timestep_of_a_table_with_no_signal_is_no_part_of_the_range():
     found = cascade(gaussian_losses(FINE), GAUSSIAN, SCHEDULES["zero_snr"], log_snr=FINE, prediction_type="epsilon")
     ends = SCHEDULES["zero_snr"].log_snr_table
@@ -443,6 +458,11 @@ def test_the_decoder_is_the_mean_over_draws_of_its_noise():
         assert abs(decoder_nats(PIXELS, log_snr) - expected) < 4 * stderr
 
 
+def test_a_decoder_of_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"`pixels` must have at least one point, got shape \(0, 3\)"):
+        decoder_nats(torch.zeros(0, 3, dtype=torch.uint8), 3.0)
+
+
 @pytest.mark.parametrize("coords", ["vp", "ve", "flow"])
 def test_the_kl_of_points_to_the_prior_is_that_of_gaussians(coords):
     moment, snr = 3.0, math.exp(-2.0)
@@ -476,9 +496,13 @@ def test_bounds_refuse_to_be_ranked():
     [
         ({"log_snr": None}, ValueError, "`log_snr` must be at least two rising noise levels, got None"),
         ({"log_snr": [1.0, 0.0]}, ValueError, "`log_snr` must be at least two rising noise levels"),
-        ({"losses": torch.ones(3)}, ValueError, r"`losses` must be finite and .* with L = 2, got \(3,\)"),
-        ({"losses": torch.tensor([1.0, math.nan])}, ValueError, "`losses` must be finite"),
-        ({"log_snr": [0.0, 9.0]}, ValueError, "`sigmas` must lie in"),
+        ({"losses": torch.ones(3)}, ValueError, r"`losses` must be \(L,\) or .* with L = 2, got \(3,\)"),
+        ({"losses": torch.tensor([1.0, math.nan])}, ValueError, "`losses` must be finite, got nan"),
+        ({"losses": [1.0, 1.0]}, TypeError, "`losses` must be a ModelGap, a denoiser or a tensor, got list"),
+        ({"log_snr": [0.0, 9.0]}, ValueError, "`log_snr` must lie within -6.00 to 6.00, .*, got 0 to 9"),
+        ({"curve": "a.safetensors"}, TypeError, "`curve` must be an OptimalLossCurve, .*, got 'a.safetensors'"),
+        ({"prediction_type": "epsilo"}, ValueError, "Unknown prediction_type 'epsilo'; choose one of"),
+        ({"data": torch.zeros(0, 1)}, ValueError, r"`data` must have at least one point, got shape \(0, 1\)"),
         ({"losses": poor_images}, ValueError, "`data` must be given with a denoiser, got None"),
         ({"draws": 64}, TypeError, r"\['draws'\] are for a denoiser, which `losses` is not"),
     ],

@@ -208,7 +208,8 @@ def test_tokens_that_are_equally_sure_are_revealed_in_the_prescribed_number_whic
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
-        ("ancestral", {"steps": 0}, "`steps` must be >= 1, got 0"),
+        ("ancestral", {"steps": 0}, "`steps` must be an integer >= 1, got 0"),
+        ("ancestral", {"steps": 2.5}, "`steps` must be an integer >= 1, got 2.5"),
         ("confidence", {"temperature": -1.0}, "`temperature` must be finite and >= 0, got -1.0"),
         ("confidence", {"choice_temperature": -0.5}, "`choice_temperature` must be finite and >= 0, got -0.5"),
         ("ancestral", {"temperature": float("nan")}, "`temperature` must be finite and >= 0, got nan"),
@@ -226,7 +227,9 @@ def test_what_cannot_be_is_refused(name, options, said):
 @pytest.mark.parametrize(
     ("shape", "value", "said"),
     [
-        ((2, 3, LEVELS), float("nan"), "`predict` returned logits that are not numbers, got nan"),
+        ((2, 3, LEVELS), float("nan"), "`predict` must return logits with a finite largest one, got nan"),
+        ((2, 3, LEVELS), float("inf"), "`predict` must return logits with a finite largest one, got inf"),
+        ((2, 3, LEVELS), float("-inf"), "`predict` must return logits with a finite largest one, got -inf"),
         ((2, 3, LEVELS + 1), 0.0, f"`mask_id` must not be one of the {LEVELS + 1} tokens of `predict`, got {LEVELS}"),
         ((2, 1, LEVELS), 0.0, rf"`predict` must return \(B, L, K\) of \(2, 3\), got \(2, 1, {LEVELS}\)"),
     ],

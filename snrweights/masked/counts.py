@@ -44,7 +44,7 @@ def count_factor(
         (L,) for n = 1..L, float64 (float32 on a device without it); to be read, not changed.
 
     Raises:
-        ValueError: a length below 1, an unknown name or hyperparameter.
+        ValueError: a length that is no integer >= 1, an unknown name or hyperparameter.
 
     Source: derived here; the ELBO: Shi et al. 2024 (MD4), arXiv 2406.04329.
 
@@ -52,10 +52,15 @@ def count_factor(
         >>> count_factor(4, "linear", "elbo")
         tensor([4.0000, 2.0000, 1.3333, 1.0000], dtype=torch.float64)
     """
-    if length < 1:
-        raise ValueError(f"`length` must be >= 1, got {length}.")
+    check_length(length)
     schedule, weighting = get_masked_schedule(schedule), get_masked_weighting(method, **hp)
     return _table(length, schedule, weighting, torch.device(device))
+
+
+def check_length(length: int) -> None:
+    """Raise unless ``length`` is a whole number of tokens, at least 1."""
+    if not isinstance(length, int) or length < 1:
+        raise ValueError(f"`length` must be an integer >= 1, got {length!r}.")
 
 
 @functools.lru_cache(maxsize=64)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from snrweights.masked.counts import count_factor
+from snrweights.masked.counts import check_length, count_factor
 from snrweights.masked.draws import Counts, check_tokens
 from snrweights.masked.schedules import MaskedSchedule
 from snrweights.masked.weights import MaskedWeighting, check_times, masked_factor
@@ -34,13 +34,18 @@ def token_sum(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
 
     Raises:
         ValueError: shapes that do not go together, or on the CPU a masked token outside [0, K).
-        TypeError: tokens that are not integers, or a mask that is not bool.
+        TypeError: tokens that are not integers, logits that are not floating point, or a mask that is not bool.
 
     Example:
         >>> token_sum(torch.zeros(1, 3, 4), torch.tensor([[0, 1, 2]]), torch.tensor([[True, False, True]]))  # 2 ln 4
         tensor([2.7726])
     """
     check_tokens(tokens)
+    for name, value in (("logits", logits), ("mask", mask)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}.")
+    if not logits.is_floating_point():
+        raise TypeError(f"`logits` must be floating point, got {logits.dtype}.")
     if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
         wanted = f"{(*tokens.shape, 'K')}".replace("'", "")
         raise ValueError(f"`logits` must have shape {wanted} for these `tokens`, got {tuple(logits.shape)}.")
@@ -93,7 +98,7 @@ def elbo_from_token_mean(mean: Tensor | float, length: int, *, counts: Counts = 
         counts: how they were masked: ``"independent"`` or ``"exact"``, as for ``mask_tokens``.
 
     Raises:
-        ValueError: unknown counts, or a length below 1.
+        ValueError: unknown counts, or a length that is no integer >= 1.
 
     Source: derived here; the ELBO: Shi et al. 2024 (MD4), arXiv 2406.04329.
 
@@ -104,8 +109,7 @@ def elbo_from_token_mean(mean: Tensor | float, length: int, *, counts: Counts = 
     factors = {"independent": length + 1, "exact": length}
     if counts not in factors:
         raise ValueError(f"`counts` must be one of {list(factors)}, got {counts!r}.")
-    if length < 1:
-        raise ValueError(f"`length` must be >= 1, got {length}.")
+    check_length(length)
     return mean * factors[counts]
 
 
@@ -144,7 +148,7 @@ def masked_loss(
     Raises:
         ValueError: an unknown name, shapes that do not go together, or on the CPU a t outside [0, 1] or a masked token
             outside [0, K).
-        TypeError: tokens that are not integers, a mask that is not bool, a t that is not floating point.
+        TypeError: tokens that are not integers, a mask that is not bool, logits or a t that are not floating point.
 
     Source: Shi & Titsias 2025, arXiv 2511.19664; Shi et al. 2024 (MD4), arXiv 2406.04329.
 

@@ -199,7 +199,7 @@ class PolynomialSchedule(MaskedSchedule):
     power: float = 2.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.power < math.inf:
+        if not isinstance(self.power, (int, float)) or not 0 < self.power < math.inf:
             raise ValueError(f"`PolynomialSchedule(power=...)` must be > 0 and finite, got {self.power!r}.")
 
     def masked(self, t: Tensor) -> Tensor:
