@@ -13,7 +13,7 @@ import study_figures as figures
 import torch
 from matplotlib.figure import Figure
 from studies import Study
-from study_claims import PROFILES, distances, fewer_steps, groups, laws, lower, select
+from study_claims import PROFILES, distances, fewer_steps, groups, laws, lower, mean_profile, select
 from study_records import Record
 from study_statistics import (
     Bounds,
@@ -93,9 +93,28 @@ def percent(bounds: Bounds) -> str:
 
 
 def with_spread(values: Sequence[float]) -> str:
-    """Write mean and standard deviation."""
-    mean, std = mean_and_std(values)
-    return number(mean) + ("" if math.isnan(std) else f" ± {number(std, 2)}")
+    """Write mean and standard deviation of what is finite, and how many are not.
+
+    Example:
+        >>> with_spread([1.0, 2.0, 3.0]), with_spread([1.0, 3.0, float("nan")]), with_spread([float("nan")])
+        ('2.00 ± 1.0', '2.00 ± 1.4, 1 not finite', '1 not finite')
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    words = [f"{len(values) - len(finite)} not finite"] if len(finite) < len(values) else []
+    if finite:
+        mean, std = mean_and_std(finite)
+        words.insert(0, number(mean) + ("" if math.isnan(std) else f" ± {number(std, 2)}"))
+    return ", ".join(words)
+
+
+def share_of(value: float) -> str:
+    """Write a share.
+
+    Example:
+        >>> share_of(0.125), share_of(float("nan"))
+        ('+12 %', 'unknown')
+    """
+    return f"{100 * value:+.0f} %" if math.isfinite(value) else "unknown"
 
 
 def blocks(study: Study, records: list[Record], by: Sequence[str]) -> Iterable[tuple[str, list[Record]]]:
@@ -173,7 +192,7 @@ def final(
         share = row["lower"]
         cells = [figures.label_of(row["metric"]), *([row["block"]] if by else []), f"`{row['level']}`"]
         cells += [with_spread(row["values"]), str(len(row["values"]))]
-        cells += [f"{100 * share['mean']:+.0f} %" if share else ""]
+        cells += [share_of(share["mean"]) if share else ""]
         cells += [percent(share["bootstrap"]) if share and share["bootstrap"] else ""]
         cells += [number(row["welch"][name]) for name in ("t", "p")]
         cells += [number(row["welch_p_holm"]), number(row["spread_p_holm"])]
@@ -287,7 +306,7 @@ def factors(study: Study, records: list[Record], metrics: Sequence[str], referen
             row["axis"],
             f"`{row['level']}`",
             f"`{row['reference']}`",
-            f"{100 * row['mean']:+.0f} %",
+            share_of(row["mean"]),
             percent(row["t"]),
             percent(row["bootstrap"]) if row["bootstrap"] else "",
         ]
@@ -299,8 +318,15 @@ def factors(study: Study, records: list[Record], metrics: Sequence[str], referen
 
 
 @analysis
-def by_noise(study: Study, records: list[Record], profile: str, compare: str, by: Sequence[str] = ()) -> Section:
-    """A quantity by log-SNR at the last evaluation, a curve for each level, mean over seeds."""
+def by_noise(
+    study: Study,
+    records: list[Record],
+    profile: str,
+    compare: str,
+    by: Sequence[str] = (),
+    window: Sequence[float] | None = None,
+) -> Section:
+    """A quantity by log-SNR at the last evaluation, a curve for each level, mean over seeds; its means in a window."""
     panels = {
         title or study.title: {
             level: _mean_profile([(run.profiles[profile]["log_snr"], run.profiles[profile]["values"]) for run in runs])
@@ -310,15 +336,28 @@ def by_noise(study: Study, records: list[Record], profile: str, compare: str, by
         for title, found in blocks(study, records, by)
     }
     figure = figures.profiles(panels, profile)
-    return Section(figures.label_of(profile), "Means over seeds.\n", figures={profile.replace("_", "-"): figure})
+    text, rows = "Means over seeds.\n", []
+    for title, found in blocks(study, records, by) if window else ():
+        for level in study.axes[compare]:
+            if values := [mean_profile(run, profile, window) for run in select(found, {compare: level})]:
+                rows.append({"block": title, "level": level, "values": values})
+    if window:
+        head = [*([", ".join(by)] if by else []), compare, "mean ± std", "seeds"]
+        lines = [
+            [*([row["block"]] if by else []), f"`{row['level']}`", with_spread(row["values"]), str(len(row["values"]))]
+            for row in rows
+        ]
+        text += f"\nOver log-SNR from {window[0]:g} to {window[1]:g}:\n\n" + markdown(head, lines)
+    return Section(figures.label_of(profile), text, rows or None, {profile.replace("_", "-"): figure})
 
 
 @analysis
 def variance_maps(study: Study, records: list[Record], compare: str) -> Section:
     """The variance of the unweighted loss by log-SNR, after fractions of the steps."""
     fractions = study.collect.variance_at
+    total = max(series[-1][0] for record in records for series in record.series.values())
     maps = {
-        f"after {100 * fraction:.0f} % of the steps": {
+        f"after {fraction * total:.0f} of {total} steps": {
             level: _mean_profile(
                 [(run.variance[str(fraction)]["log_snr"], run.variance[str(fraction)]["variance"]) for run in runs]
             )
@@ -327,7 +366,10 @@ def variance_maps(study: Study, records: list[Record], compare: str) -> Section:
         }
         for fraction in fractions
     }
-    text = "Of the loss of epsilon before any weight, of all that was seen until then; means over seeds.\n"
+    text = (
+        "Of the loss of epsilon before any weight, of all that was seen until then, to the nearest logged step; means "
+        "over seeds.\n"
+    )
     figure = figures.heat_maps(maps, "variance of the loss")
     return Section("Variance by noise level", text, figures={"variance": figure})
 

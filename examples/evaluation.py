@@ -1,13 +1,15 @@
-"""How examples/train.py evaluates: images sampled from the averaged weights, and their distances to the data."""
+"""How the scripts evaluate: images sampled from the averaged weights, and their distances to the data."""
 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list
-from options import Options
+from base_trainer import MEASURE, SAMPLES, BaseTrainer
 from snrweights.integrations.clock import Clock
 from snrweights.integrations.comparison import Comparison, counted
 from snrweights.integrations.features import DISTANCE_NAMES
@@ -15,26 +17,30 @@ from snrweights.integrations.results import MetricsLog, image_grid, save_image
 from snrweights.integrations.sampling import sample_images
 from torch import Tensor
 from torch.utils.data import Subset
-from trainer import MEASURE, SAMPLES, Trainer
+from trainer import Trainer
 
 from snrweights.seeds import generator
 
+T = TypeVar("T", bound=BaseTrainer[Any])
 
-class Evaluator:
+
+class Evaluator(ABC, Generic[T]):
     """Evaluates a run at its evaluation steps and at the end; each leaves a line in metrics.jsonl.
 
     The same images of the data and the same noise every time, so that distances differ by the weights alone. The model
     that is trained, the global random numbers and the clock of training are left as they are.
     """
 
-    def __init__(self, options: Options, trainer: Trainer, data: Subset) -> None:
+    how: tuple[str, ...] = ("num_inference_steps", "guidance_scale")  # options of sampling, which every line has
+
+    def __init__(self, options: Any, trainer: T, data: Subset[Any]) -> None:
         self.options, self.trainer = options, trainer
         output = options.output
         self.during = sorted(set(output.evaluation_samples or (output.num_samples,)))
         self.at_the_end = sorted({output.num_samples, *(self.during if output.evaluation_steps else ())})
         if self.at_the_end[-1] > len(data):
             raise SystemExit(f"{self.at_the_end[-1]} samples are to be compared with as many of {len(data)} images.")
-        self.made = {"num_inference_steps": output.num_inference_steps, "guidance_scale": output.guidance_scale}
+        self.made = {name: getattr(output, name) for name in self.how}
         with torch.random.fork_rng(devices=()):  # networks of features are drawn before their weights are read
             self.comparison = Comparison(
                 data,
@@ -76,6 +82,23 @@ class Evaluator:
                 self.write(step, samples, evaluation_seconds=time.perf_counter() - began, **self.made, **values)
         self.done.append(step)
 
+    @abstractmethod
+    def sample(self, count: int) -> Tensor:
+        """Sample so many images from the averaged weights, on every process: uint8 (count, C, H, W)."""
+
+    def write(self, step: int, samples: Tensor, **values: float) -> None:
+        """Write the first hundred samples, then the line, with the seconds of training so far."""
+        try:
+            save_image(image_grid(samples[:100]), Path(self.options.run.output_dir) / "samples.png")
+            self.log.write(step, seconds=self.clock.seconds, **values)
+        except OSError as error:
+            message = f"The evaluation after step {step} could not be written: {error}."
+            raise SystemExit(f"{message} Make room and go on with --resume latest.") from None
+
+
+class ImageEvaluator(Evaluator[Trainer]):
+    """Samples with the process's own sampler, from noise that is each image's own."""
+
     def sample(self, count: int) -> Tensor:
         """Sample so many images from the averaged weights, on every process: uint8 (count, C, H, W)."""
         data, output, process = self.options.data, self.options.output, self.trainer.process
@@ -90,12 +113,3 @@ class Evaluator:
             batch_size=output.eval_batch_size,
             accelerator=self.trainer.accelerator,
         )
-
-    def write(self, step: int, samples: Tensor, **values: float) -> None:
-        """Write the first hundred samples, then the line, with the seconds of training so far."""
-        try:
-            save_image(image_grid(samples[:100]), Path(self.options.run.output_dir) / "samples.png")
-            self.log.write(step, seconds=self.clock.seconds, **values)
-        except OSError as error:
-            message = f"The evaluation after step {step} could not be written: {error}."
-            raise SystemExit(f"{message} Make room and go on with --resume latest.") from None

@@ -36,7 +36,7 @@ from snrweights.integrations.config import parse_options
 from snrweights.integrations.data import ImageTensors, load_images
 from snrweights.integrations.files import write_text
 from snrweights.integrations.processes import PROCESSES
-from snrweights.integrations.results import save_results
+from snrweights.integrations.results import commit_of, save_results
 from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
 from trainer import make_model
@@ -259,6 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     write_text(output / "table.md", table(rows))
     save_results(
         output / "results.json",
+        commit=commit_of(Path(__file__).parent),
         command=shlex.join(["python", "examples/gradient_variance.py", *(sys.argv[1:] if argv is None else argv)]),
         settings=asdict(settings),
         method=options.weight.method,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -182,12 +183,18 @@ class OutputOptions:
     """Steps of the sampler: DDIM, Euler (flow) or Heun (EDM)."""
     guidance_scale: float = 1.0
     """Guidance towards the class; 1: none."""
-    optimal_loss: str = "none"
-    """The loss that no model can beat, by noise level: measure it, or the file of a curve, or none."""
     features: tuple[Literal["pixels", "lite0", "inception"], ...] = ("pixels",)
     """Features in which samples are compared with the data."""
     inception_weights: str | None = None
     """Local file of the Inception weights (default: downloaded)."""
+
+
+@dataclass
+class OutputWithOptimum(OutputOptions):
+    """What is written and measured, and when."""
+
+    optimal_loss: str = "none"
+    """The loss that no model can beat, by noise level: measure it, or the file of a curve, or none."""
 
 
 @dataclass
@@ -203,7 +210,7 @@ class Options:
     weight: WeightOptions = field(default_factory=WeightOptions)
     sampler: SamplerOptions = field(default_factory=SamplerOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
-    output: OutputOptions = field(default_factory=OutputOptions)
+    output: OutputWithOptimum = field(default_factory=OutputWithOptimum)
 
 
 # what may differ between the parts of a resumed run
@@ -213,37 +220,48 @@ FREE = (
 )
 
 
-def check_options(options: Options) -> None:
-    """Refuse values that would train nothing or fail late, naming flag and bound."""
-    bounds = {
-        "> 0": (
-            *("data.resolution", "process.num_train_timesteps", "process.density_std", "process.sigma_data"),
-            *("optimizer.max_steps", "optimizer.train_batch_size", "optimizer.gradient_accumulation_steps"),
-            *("optimizer.learning_rate", "optimizer.max_grad_norm", "output.logging_steps", "output.eval_batch_size"),
-            *("output.checkpoints_total_limit", "sampler.importance_refresh", "output.evaluation_steps"),
-        ),
-        ">= 0": (
-            *("run.seed", "data.validation_images", "data.dataloader_num_workers", "model.num_classes"),
-            *("optimizer.lr_warmup_steps", "output.validation_steps", "output.checkpointing_steps"),
-        ),
-        "> 1": ("output.num_samples", "output.evaluation_samples", "output.num_inference_steps"),
-        "in [0, 1)": ("model.dropout", "model.class_dropout", "optimizer.ema_decay"),
-        "in (0, 1]": ("sampler.importance_floor",),
-    }
-    holds = {
-        "> 0": lambda x: x > 0,
-        ">= 0": lambda x: x >= 0,
-        "> 1": lambda x: x > 1,
-        "in [0, 1)": lambda x: 0 <= x < 1,
-        "in (0, 1]": lambda x: 0 < x <= 1,
-    }
+COMMON_BOUNDS = {
+    "> 0": (
+        *("data.resolution", "optimizer.max_steps", "optimizer.train_batch_size", "optimizer.learning_rate"),
+        *("optimizer.gradient_accumulation_steps", "optimizer.max_grad_norm", "output.logging_steps"),
+        *("output.eval_batch_size", "output.checkpoints_total_limit", "output.evaluation_steps"),
+    ),
+    ">= 0": (
+        *("run.seed", "data.validation_images", "data.dataloader_num_workers", "model.num_classes"),
+        *("optimizer.lr_warmup_steps", "output.validation_steps", "output.checkpointing_steps"),
+    ),
+    "> 1": ("output.num_samples", "output.evaluation_samples"),
+    "in [0, 1)": ("model.dropout", "model.class_dropout", "optimizer.ema_decay"),
+}
+BOUNDS = {
+    "> 0": ("process.num_train_timesteps", "process.density_std", "process.sigma_data", "sampler.importance_refresh"),
+    "> 1": ("output.num_inference_steps",),
+    "in (0, 1]": ("sampler.importance_floor",),
+}
+HOLDS = {
+    "> 0": lambda x: x > 0,
+    ">= 0": lambda x: x >= 0,
+    "> 1": lambda x: x > 1,
+    "in [0, 1)": lambda x: 0 <= x < 1,
+    "in (0, 1]": lambda x: 0 < x <= 1,
+}
+
+
+def check_bounds(options: Any, bounds: Mapping[str, Sequence[str]]) -> None:
+    """Refuse values outside their bounds, naming flag and bound; None is within any."""
     for bound, names in bounds.items():
         for name in names:
             section, field_name = name.split(".")
             value = getattr(getattr(options, section), field_name)
             values = value if isinstance(value, tuple) else (value,)
-            if value is not None and not all(map(holds[bound], values)):
+            if value is not None and not all(map(HOLDS[bound], values)):
                 raise SystemExit(f"`--{field_name.replace('_', '-')}` must be {bound}, got {value}.")
+
+
+def check_options(options: Options) -> None:
+    """Refuse values that would train nothing or fail late, naming flag and bound."""
+    check_bounds(options, COMMON_BOUNDS)
+    check_bounds(options, BOUNDS)
     levels, attention = options.model.block_out_channels, options.model.attention
     if len(levels) != len(attention):
         raise SystemExit(f"`--attention` needs one entry per level, {len(levels)}, got {len(attention)}.")

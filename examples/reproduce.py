@@ -17,9 +17,10 @@ from typing import Annotated
 
 import tyro
 from studies import Run, Study, known, load_study
+from study_checks import check_study
 from study_records import held, read_records
 from study_report import write_report
-from study_runs import SCRIPT, Place, Runner, check_unchanged, command_again, seconds_left, state_of
+from study_runs import Place, Runner, check_unchanged, command_again, seconds_left, state_of
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -46,25 +47,25 @@ class Settings:
     """Where run folders lie."""
     results_dir: Path = RESULTS
     """Where records, tables and figures are written, in a folder by the study's name."""
-    script: Path = SCRIPT
-    """Training script, with the options of train.py."""
+    script: Path | None = None
+    """Training script, with the options of the study's (default: that)."""
 
 
-def chosen(study: Study, words: tuple[str, ...]) -> dict[str, str]:
-    """Read ``AXIS=LEVEL`` words.
+def chosen(study: Study, words: tuple[str, ...]) -> dict[str, list[str]]:
+    """Read ``AXIS=LEVEL`` words: the levels of each axis that is named, any of which will do.
 
     Raises:
         SystemExit: no such axis or level.
     """
     axes = {**{axis: list(levels) for axis, levels in study.axes.items()}, "seed": [str(s) for s in study.seeds]}
-    only = {}
+    only: dict[str, list[str]] = {}
     for word in words:
         axis, equals, level = word.partition("=")
         if not equals:
             raise SystemExit(f"`--only` takes AXIS=LEVEL, got {word!r}.")
         known([axis], axes, "`--only`")
         known([level], axes[axis], f"`--only {axis}=...`")
-        only[axis] = level
+        only.setdefault(axis, []).append(level)
     return only
 
 
@@ -80,6 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(settings, name) is not None and getattr(settings, name) < 1:
             raise SystemExit(f"`--{name}` must be >= 1, got {getattr(settings, name)}.")
     study = load_study(settings.study)
+    check_study(study)
     only = chosen(study, settings.only)
     runs = [run for run in study.runs if run.matches(only)]
     if not runs:
@@ -104,7 +106,8 @@ def main(argv: list[str] | None = None) -> None:
     if records:
         with held(place.lock):
             write_report(study, records, output, command_again([settings.study]))
-    print(f"{len(records)} of {len(study.runs)} runs are done; what they say is in {output}/README.md.")
+    told = f"; what they say is in {output}/README.md" if records else ""
+    print(f"{len(records)} of {len(study.runs)} runs are done{told}.")
     if runner.failed:
         print(f"Failed: {', '.join(runner.failed)}.")
     if runner.stopped:

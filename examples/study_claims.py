@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from studies import Study, known
+from studies import Study
 from study_records import Record
 from study_statistics import EVERYTHING, Bounds, Estimate, estimate, fewer, steps_to
 
 from snrweights.optimal.scaling import PowerLaw, power_law
 
-SEEN, NOT_SEEN, UNDECIDED, NO_RUNS = "seen", "not seen", "not decidable at this size", "no runs yet"
+SEEN, NOT_SEEN, UNDECIDED, TOO_FEW = "seen", "not seen", "not decidable at this size", "too few runs yet"
 Effect = Callable[..., dict[int, Bounds]]
 EFFECTS: dict[str, Effect] = {}
 
@@ -54,10 +54,15 @@ def lower(records: Iterable[Record], one: Where, other: Where, metric: str) -> d
     """By what share the last value of the one is lower; over several pairs by the geometric mean of the ratios."""
     found = {}
     for seed, pairs in groups(records, [one, other]).items():
-        logs = [math.log(first.last(metric) / second.last(metric)) for first, second in pairs]
+        logs = [log_ratio(first.last(metric), second.last(metric)) for first, second in pairs]
         share = -math.expm1(float(np.mean(logs)))
         found[seed] = (share, share)
     return found
+
+
+def log_ratio(one: float, other: float) -> float:
+    """Return ln(one / other); NaN where one of them is not above 0, such as that of a run that diverged."""
+    return math.log(one / other) if one > 0 and other > 0 else math.nan
 
 
 @effect
@@ -75,20 +80,25 @@ def lower_profile(
 
 
 def mean_profile(record: Record, name: str, window: Sequence[float]) -> float:
-    """Return the mean of a profile over the levels in a window of log-SNR."""
+    """Return the mean of a profile over the levels in a window of log-SNR; NaN where it has none there."""
     profile = record.profiles[name]
     pairs = zip(profile["log_snr"], profile["values"], strict=True)
-    return float(np.mean([value for log_snr, value in pairs if window[0] <= log_snr <= window[1]]))
+    within = [value for log_snr, value in pairs if window[0] <= log_snr <= window[1]]
+    return float(np.mean(within)) if within else math.nan
 
 
 def laws(
     records: Iterable[Record], axis: str, sizes: Mapping[str, float], window: Sequence[float]
 ) -> dict[int, dict[str, tuple[list[float], PowerLaw]]]:
-    """Return by seed, for the raw loss and for what is left of it above the optimal one, its values and their law."""
+    """Return by seed, for the raw loss and for what is left of it above the optimal one, its values and their law.
+
+    A seed with a value that is not above 0 and finite has no law.
+    """
     found = {}
     for seed, (group, *_) in groups(records, [{axis: level} for level in sizes]).items():
         losses = {name: [mean_profile(record, p, window) for record in group] for name, p in PROFILES.items()}
-        found[seed] = {name: (values, power_law(list(sizes.values()), values)) for name, values in losses.items()}
+        if all(0 < value < math.inf for values in losses.values() for value in values):
+            found[seed] = {name: (values, power_law(list(sizes.values()), values)) for name, values in losses.items()}
     return found
 
 
@@ -190,7 +200,7 @@ class Judged:
         source: where.
         rule: the region, as the study's file fixed it.
         estimate: of the effect.
-        verdict: seen, not seen, not decidable at this size, or no runs yet.
+        verdict: seen, not seen, not decidable at this size, or too few runs yet.
     """
 
     claim: str
@@ -202,15 +212,9 @@ class Judged:
 
 
 def judge(study: Study, records: Sequence[Record]) -> list[Judged]:
-    """Judge every claim of a study.
-
-    Raises:
-        SystemExit: a claim's fields or its effect are unknown.
-    """
+    """Judge every claim of a study, whose file was checked."""
     judged = []
     for item in study.claims:
-        known(item, ("claim", "published", "source", "effect", "where", "of", "seen"), f"a claim of {study.name!r}")
-        known([item["effect"]], EFFECTS, f"a claim of {study.name!r}")
         found = estimate(EFFECTS[item["effect"]](select(records, item.get("where", {})), **item["of"]))
         interval = found.interval if found else EVERYTHING
         low, high = item["seen"]
@@ -224,7 +228,7 @@ def judge(study: Study, records: Sequence[Record]) -> list[Judged]:
                 source=item.get("source", ""),
                 rule=rule,
                 estimate=found,
-                verdict=verdict(interval, item["seen"]) if found else NO_RUNS,
+                verdict=verdict(interval, item["seen"]) if found else TOO_FEW,
             )
         )
     return judged

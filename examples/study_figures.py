@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
@@ -16,6 +17,10 @@ LABELS = {
     "fd_lite0": "Fréchet distance in Lite0",
     "fid": "FID",
     "validation_loss": "held-out loss of epsilon",
+    "bits_per_dim": "negative ELBO, bits per dimension",
+    "validation_loss_by_log_snr": "held-out loss of epsilon",
+    "loss": "training loss of epsilon",
+    "gap": "gap to the optimal loss",
 }
 LOG_SNR = "log-SNR   (noise  ←   → clean)"
 Series = Sequence[Sequence[float]]
@@ -69,6 +74,7 @@ def curves(
         if metric in floors:
             ax.axhline(floors[metric], color="0.3", lw=0.9, ls="--", label="real against real")
         ax.set_yscale("log")
+        _plain_ticks(ax.yaxis)
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
         if row == 0:
@@ -94,7 +100,10 @@ def profiles(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[f
         for place, (label, (log_snr, values)) in enumerate(panel.items()):
             ax.plot(log_snr, values, label=label, lw=1.7, **style_of(place))
         ax.set(title=title, xlabel=LOG_SNR)
-        ax.set_yscale("symlog" if any(min(v) <= 0 for _, v in panel.values()) else "log")
+        if any(value <= 0 for _, values in panel.values() for value in values):
+            ax.axhline(0, color="0.3", lw=0.8)  # a measured gap can be below 0 by its error
+        else:
+            ax.set_yscale("log")
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel(label_of(name))
@@ -151,11 +160,18 @@ def scaling(panels: Mapping[str, tuple[Series, Series]], unit: str) -> Figure:
         ax.plot(*zip(*fitted, strict=True), color=COLOURS[1], label="power law")
         ax.set(title=title, xlabel=unit, ylabel="loss", xscale="log", yscale="log")
         for axis in (ax.xaxis, ax.yaxis):
-            axis.set_minor_locator(LogLocator(subs=(2, 5)))
+            _plain_ticks(axis)
         ax.grid(alpha=0.25, which="both")
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False, fontsize=9)
     return figure
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """Label a logarithmic axis at 1, 2 and 5 of every decade, or more closely within one, in plain numbers."""
+    axis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("{x:g}")
 
 
 def _legend(figure: Figure, axes: np.ndarray) -> None:

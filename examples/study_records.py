@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from snrweights.integrations.files import write_text
 from studies import Collect, Run
 
 import snrweights
-from snrweights.optimal import OptimalLossCurve
-
-OPTIMAL_LOSS = "optimal_loss.safetensors"  # in the folder of a run with --optimal-loss
+from snrweights.optimal import floor_by_bin
+from snrweights.runs import read_runs
 
 
 class IncompleteError(Exception):
@@ -34,7 +33,7 @@ class Record:
         levels: axis -> level.
         seed: of everything random.
         settings: its options, as ``Run.settings``.
-        series: metric -> [step, value] of every evaluation.
+        series: metric -> [step, value] of every evaluation, NaN for what is not finite.
         profiles: name -> step, log_snr and values.
         variance: fraction of the steps -> log_snr and variance of the unweighted loss there.
         results: the scalars of results.json.
@@ -94,12 +93,15 @@ def results_of(folder: Path) -> dict[str, Any] | None:
 
 
 def _series(lines: list[dict[str, Any]], name: str, results: Mapping[str, Any]) -> list[list[float]]:
+    """Return a metric's values; NaN from the step on where the training loss is not finite: nothing is sampled then."""
     found = {line["step"]: line[name] for line in lines if name in line}
     if name in results:
         found.setdefault(results["steps"], results[name])  # what is measured at the end only
     if not found:
         raise IncompleteError(f"no line of metrics.jsonl has {name!r}")
-    return [[step, found[step]] for step in sorted(found)]
+    lost = min((line["step"] for line in lines if not math.isfinite(line.get("loss", 0.0))), default=math.inf)
+    known = {step: math.isfinite(value) and step < lost for step, value in found.items()}
+    return [[step, found[step] if known[step] else math.nan] for step in sorted(found)]
 
 
 def _profile(lines: list[dict[str, Any]], name: str) -> dict[str, Any]:
@@ -110,29 +112,29 @@ def _profile(lines: list[dict[str, Any]], name: str) -> dict[str, Any]:
 
 
 def _losses(folder: Path, since: float | None) -> dict[str, dict[str, Any]]:
-    """Return the loss by log-SNR after a fraction of the steps, and what of it is beyond the optimal loss."""
+    """Return the loss by log-SNR after a fraction of the steps, and what of it is beyond the optimal loss.
+
+    The optimal loss of a bin is its mean under the density of the draws, as the loss is.
+    """
     if since is None:
         return {}
-    tracker = snrweights.LossVarianceTracker.load(folder / "tracker.safetensors")
-    statistics = tracker.since(int(since * tracker.updates))
-    edges, kept = statistics.edges, statistics.count > 1
-    columns = {"loss": statistics.mean.double()}
-    curve = folder / OPTIMAL_LOSS
-    if curve.exists():
-        optimal = OptimalLossCurve.load(curve)
-        low, high = (-2 * optimal.sigmas[[-1, 0]].log()).tolist()
-        within = (edges > low) & (edges < high)
-        covered = within[:-1] & within[1:]
-        kept &= covered
-        floor = torch.full_like(columns["loss"], torch.nan)
-        floor[covered] = optimal.bin_means(edges[within], "epsilon")
+    run = read_runs([folder])[0]
+    if run.tracker is None:
+        raise IncompleteError("no tracker.safetensors")
+    statistics = run.tracker.since(int(since * run.tracker.updates))
+    kept, columns = statistics.count > 1, {"loss": statistics.mean.double()}
+    if run.optimal is not None:
+        if run.curve is None or statistics.unit is None:
+            raise IncompleteError(f"no density of the draws: {run.no_curve or 'the tracker has no unit'}")
+        floor = floor_by_bin(statistics.edges, run.optimal, run.curve.density, statistics.unit, run.curve.sigma_data)
+        kept &= floor.isfinite()
         columns |= {"floor": floor, "gap": columns["loss"] - floor}
-    axis = {"step": tracker.updates, "log_snr": statistics.centres[kept].tolist()}
+    axis = {"step": run.tracker.updates, "log_snr": statistics.centres[kept].tolist()}
     return {name: axis | {"values": values[kept].tolist()} for name, values in columns.items()}
 
 
 def _variance(folder: Path, fractions: list[float]) -> dict[str, dict[str, list[float]]]:
-    """Return by fraction of the steps the variance between the snapshot before it and the one there."""
+    """Return by fraction of the steps the variance of all losses up to the snapshot that is nearest."""
     if not fractions:
         return {}
     tracker = snrweights.LossVarianceTracker.load(folder / "tracker.safetensors")

@@ -11,7 +11,7 @@ from typing import Any
 
 from analyses import ANALYSES, Section, markdown, number
 from snrweights.integrations.files import write_text
-from studies import Study, known
+from studies import Study
 from study_claims import Judged, judge, select
 from study_records import Record
 from study_statistics import Bounds
@@ -26,15 +26,15 @@ RULE = (
 )
 
 
-DEFAULTS: dict[str, Any] = {"analysis": "", "where": {}, "title": ""}  # what every analysis in a study's file can have
+DEFAULTS: dict[str, Any] = {
+    "analysis": "",
+    "where": {},
+    "title": "",
+}  # what every analysis of a file can have
 
 
 def write_report(study: Study, records: Sequence[Record], output: Path, command: str) -> None:
-    """Analyse the records and write README.md, results.json and figures.
-
-    Raises:
-        SystemExit: the study asks for an analysis that does not exist.
-    """
+    """Analyse the records and write README.md, results.json and figures."""
     output.mkdir(parents=True, exist_ok=True)
     names = {run.name for run in study.runs}
     records = [record for record in records if record.run in names]
@@ -56,16 +56,11 @@ def write_report(study: Study, records: Sequence[Record], output: Path, command:
 
 
 def analysed(study: Study, records: Sequence[Record]) -> list[Section]:
-    """Return the sections that the study asks for, of the records ``where`` names; none where there are none.
-
-    Raises:
-        SystemExit: the study asks for an analysis that does not exist.
-    """
+    """Return the sections that the study asks for, of the records ``where`` names; none where there are none."""
     sections: list[Section] = []
     for number_of, item in enumerate(study.analyses, 1):
         arguments = dict(item)
         name, where, title = (arguments.pop(key, default) for key, default in DEFAULTS.items())
-        known([name], ANALYSES, f"the analyses of {study.name!r}")
         if found := select(records, where):
             section = ANALYSES[name](study, found, **arguments)
             section.title = title or section.title
@@ -82,6 +77,11 @@ def page(
     parts = [f"# {study.title}\n", f"{study.question.strip()}\n"]
     if len(records) < total:
         parts.append(f"**Unfinished: {len(records)} of {total} runs are done.**\n")
+    if diverged := not_finite(records):
+        parts.append(
+            f"**Not finite: {'; '.join(diverged)}.** Means leave these values out and say how many there are; what is "
+            "compared with them is unknown.\n"
+        )
     if judged:
         parts += ["## Claims\n", claims_table(judged), RULE]
     for section in sections:
@@ -95,10 +95,19 @@ def page(
         f"    {command}\n\n    {command} --analyse\n",
         f"The second redraws everything from `runs.jsonl`. {len(records)} runs, seeds {listed(facts['seeds'])}, "
         f"{facts['hours']:.1f} hours of training in all with {listed(facts['threads'])} threads each; "
-        f"commits {listed(str(commit)[:10] for commit in facts['commits'])}; "
+        f"commits {listed(map(short, facts['commits']))}; "
         f"{listed(f'{name} {version}' for name, version in facts['versions'])}.\n",
     ]
     return "\n".join(parts)
+
+
+def not_finite(records: Sequence[Record]) -> list[str]:
+    """Name the runs with a metric that is not finite anywhere, such as those that diverged."""
+    found = {
+        record.run: [name for name, series in record.series.items() if not all(math.isfinite(v) for _, v in series)]
+        for record in records
+    }
+    return [f"`{run}` ({', '.join(names)})" for run, names in found.items() if names]
 
 
 def claims_table(judged: Sequence[Judged]) -> str:
@@ -123,7 +132,7 @@ def range_of(bounds: Bounds) -> str:
         ('0.500', '0.250 to 0.500', '0.250 to unknown')
     """
     low, high = (number(end) if math.isfinite(end) else "unknown" for end in bounds)
-    return low if bounds[0] == bounds[1] else f"{low} to {high}"
+    return low if bounds[0] == bounds[1] or not any(map(math.isfinite, bounds)) else f"{low} to {high}"
 
 
 def made(records: Sequence[Record]) -> dict[str, Any]:
@@ -140,6 +149,17 @@ def made(records: Sequence[Record]) -> dict[str, Any]:
         "versions": sorted({item for record in records for item in record.made["versions"].items()}),
         "times": [min(times), max(times)] if (times := every("time")) else [],
     }
+
+
+def short(commit: str) -> str:
+    """Shorten a commit; that its files had been changed stays.
+
+    Example:
+        >>> short("8641cb49a1f2b3c4d5+changes")
+        '8641cb49a1+changes'
+    """
+    name, plus, changes = commit.partition("+")
+    return name[:10] + plus + changes
 
 
 def listed(values: Any) -> str:

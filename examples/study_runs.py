@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from snrweights.integrations.files import write_text
-from studies import Run, Study, changes
+from studies import SCRIPTS, Run, Study
 from study_records import IncompleteError, Record, add_record, collect, read_records, results_of
 
-SCRIPT = Path(__file__).parent / "train.py"
 ASKED = "asked.json"
 LAST_LINES = 12
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -104,7 +103,7 @@ def check_unchanged(study: Study, place: Place) -> None:
         if asked.exists():
             before[f"{place.folder(run)} was begun"] = json.loads(asked.read_text())
         for where, settings in before.items():
-            if found := changes(settings, run.settings):
+            if found := study.changes(settings, run.settings):
                 advice = "Keep them, or take the run's line and folder away."
                 raise SystemExit(f"{where} with other options ({'; '.join(found)}). {advice}")
 
@@ -119,7 +118,7 @@ class Runner:
         jobs: runs at once.
         threads: of each (OMP_NUM_THREADS).
         launch: words before the script; default: this Python.
-        script: takes the options of train.py and leaves what it leaves.
+        script: takes the options of the study's script and leaves what it leaves; default: that script.
     """
 
     study: Study
@@ -127,7 +126,7 @@ class Runner:
     jobs: int = 1
     threads: int = 1
     launch: Sequence[str] = (sys.executable,)
-    script: Path = SCRIPT
+    script: Path | None = None
     failed: list[str] = field(default_factory=list)
     signals: list[int] = field(default_factory=list)
 
@@ -169,8 +168,13 @@ class Runner:
                 if (lock := try_lock(self.place.folder(run))) is None:
                     continue
                 waiting.remove(run)
-                if not self._is_done(run, lock):
+                if self._is_done(run, lock):
+                    continue
+                try:
                     active.append(self._start(run, lock))
+                except OSError as error:  # no room, or no such program
+                    os.close(lock)
+                    self._fail(run, f"it could not be started: {error}")
             if waiting and not active and not told:
                 told = True
                 print(f"Another process is making {len(waiting)} of the runs: waiting for it.", flush=True)
@@ -188,12 +192,13 @@ class Runner:
 
     def _asked(self, run: Run) -> bool:
         asked = self.place.folder(run) / ASKED
-        return asked.exists() and not changes(json.loads(asked.read_text()), run.settings)
+        return asked.exists() and not self.study.changes(json.loads(asked.read_text()), run.settings)
 
     def _start(self, run: Run, lock: int) -> Running:
         folder = self.place.folder(run)
         write_text(folder / ASKED, json.dumps(run.settings, indent=1) + "\n")
-        command = [*self.launch, str(self.script), *run.flags, "--output-dir", str(folder), "--resume", "latest"]
+        script = self.script or SCRIPTS[self.study.script].path
+        command = [*self.launch, str(script), *run.flags, "--output-dir", str(folder), "--resume", "latest"]
         with (folder / "log.txt").open("ab") as log:
             process = subprocess.Popen(
                 command,
@@ -218,10 +223,10 @@ class Runner:
     def _keep(self, run: Run) -> None:
         try:
             record = collect(self.place.folder(run), run, self.study.collect, threads=self.threads)
-        except IncompleteError as error:
-            self._fail(run, str(error))
+            add_record(self.place.records, record, [run.name for run in self.study.runs], self.place.lock)
+        except (IncompleteError, OSError) as error:  # the folder stays: it is read again the next time
+            self._fail(run, f"its numbers could not be kept: {error}")
             return
-        add_record(self.place.records, record, [run.name for run in self.study.runs], self.place.lock)
         numbers = ", ".join(f"{name} {record.last(name):.4g}" for name in record.series)
         print(f"{run.name}: done in {record.seconds:.0f} s, {numbers}", flush=True)
 

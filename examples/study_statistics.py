@@ -127,7 +127,8 @@ def steps_to(series: Sequence[Sequence[float]], threshold: float) -> Bounds:
 
     Between two evaluations the logarithm of the distance is taken to be linear in the step; the two bounds are then one
     number. Below the threshold at the first evaluation: between 0 and that step. Never below it: from the last step to
-    infinity. Distances above 0.
+    infinity. At 0 or below, which kernel distances can be: between that evaluation and the one before. What is not
+    finite is passed over.
 
     Example:
         >>> steps_to([[100, 8.0], [200, 2.0], [300, 1.0]], 4.0)
@@ -135,9 +136,12 @@ def steps_to(series: Sequence[Sequence[float]], threshold: float) -> Bounds:
         >>> steps_to([[100, 8.0], [200, 2.0]], 1.0), steps_to([[100, 8.0], [200, 2.0]], 9.0)
         ((200.0, inf), (0.0, 100.0))
     """
-    if series[0][1] <= threshold:
-        return 0.0, float(series[0][0])
-    for (step, value), (next_step, next_value) in itertools.pairwise(series):
+    known = [(step, value) for step, value in series if math.isfinite(value)]
+    if known and known[0][1] <= threshold:
+        return 0.0, float(known[0][0])
+    for (step, value), (next_step, next_value) in itertools.pairwise(known):
+        if next_value <= 0 < threshold:
+            return float(step), float(next_step)
         if next_value <= threshold:
             fraction = math.log(value / threshold) / math.log(value / next_value)
             reached = step + fraction * (next_step - step)

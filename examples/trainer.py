@@ -4,39 +4,32 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from base_trainer import NOISE, VALIDATION, BaseTrainer, Images, under
 from diffusers import DDPMPipeline, UNet2DModel
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from options import Options, SamplerOptions
-from snrweights.integrations.accelerate import SumOverProcesses
-from snrweights.integrations.checkpoint import (
-    copy_whole,
-    load_model_and_optimizer_state,
-    model_and_optimizer_state,
-    whole,
-)
+from snrweights.integrations.accelerate import SumOverProcesses, log_loss_by_noise
 from snrweights.integrations.processes import Process
+from snrweights.integrations.results import MetricsLog
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 import snrweights
+from snrweights import plots
 from snrweights.importance import RULES
 from snrweights.optimal import OptimalLossCurve, floor_by_bin, gap_by_bin
 from snrweights.schedules import Schedule
-from snrweights.seeds import generator, seed_of
+from snrweights.seeds import generator
 from snrweights.settings import parse_settings
 from snrweights.statistics import LossStatistics
 from snrweights.uncertainty import LearnedUncertainty, with_uncertainty
 from snrweights.weightings.base import needed_by
 
 UNCERTAINTY = "uncertainty.safetensors"
-NOISE, VALIDATION, SAMPLES, MEASURE, _, DROPOUT = range(1, 7)  # streams of random numbers, beside the seed
 
 
 def make_model(options: Options) -> UNet2DModel:
@@ -86,7 +79,7 @@ class WithUncertainty(nn.Module):
         return self.network(x, t, *args, **kwargs), self.uncertainty(self._schedule.log_snr(t))
 
 
-class Trainer:
+class Trainer(BaseTrainer[snrweights.Draw]):
     """Model, weighting and optimizer, and one step of training them.
 
     Whatever is random is a function of (seed, forward pass): noise and timesteps are drawn for the global batch, of
@@ -97,8 +90,8 @@ class Trainer:
     def __init__(
         self, options: Options, accelerator: Accelerator, process: Process, curve: OptimalLossCurve | None = None
     ) -> None:
-        self.options, self.accelerator, self.process, self.curve = options, accelerator, process, curve
-        self.accumulation = options.optimizer.gradient_accumulation_steps
+        super().__init__(options, accelerator)
+        self.process, self.curve = process, curve
         weighting = make_weighting(options, curve)
         self.sampler = self.make_sampler(weighting)
         self.weight = weighting.bind(
@@ -123,18 +116,7 @@ class Trainer:
         if options.weight.learned_uncertainty:
             model = WithUncertainty(model, LearnedUncertainty(seed=options.run.seed), process.schedule)
             groups.append({"params": [*model.uncertainty.parameters()]})
-        optimizer = torch.optim.Adam(groups, lr=options.optimizer.learning_rate)
-        schedule = get_scheduler(
-            options.optimizer.lr_scheduler,
-            optimizer,
-            num_warmup_steps=options.optimizer.lr_warmup_steps,
-            num_training_steps=options.optimizer.max_steps + 1,  # so that the last step is not one of rate 0
-        )
-        self._lr_factor = schedule.lr_lambdas[0]
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        fused = not isinstance(self.model, FSDPModule)  # sharded tensors have no fused copy
-        self.ema = EMAModel(self.model.parameters(), decay=options.optimizer.ema_decay, foreach=fused)
-        self.ema.to(accelerator.device)
+        self.prepare(model, groups)
 
     def make_sampler(self, weighting: snrweights.Weighting) -> snrweights.TimestepSampler:
         """Return what draws timesteps: from the weighting's own density, by importance, or as the process has them."""
@@ -197,9 +179,7 @@ class Trainer:
         everywhere = (len(images) * world, *images.shape[1:])
         noise = torch.randn(everywhere, generator=stream, device=device)[here]
         flip, drop = torch.rand((2, everywhere[0]), generator=stream, device=device)[:, here]
-        if self.options.data.random_flip:
-            images = torch.where(flip[:, None, None, None] < 0.5, images.flip(-1), images)
-        labels = torch.where(drop < self.options.model.class_dropout, self.options.model.num_classes, labels)
+        images, labels = self.flipped_and_dropped(images, labels, flip, drop)
         return images, noise, labels
 
     def draw_timesteps(self, passes: range) -> list[snrweights.Draw]:
@@ -219,40 +199,34 @@ class Trainer:
         prediction, u = output if self.options.weight.learned_uncertainty else (output, None)
         return snrweights.per_sample_mse(prediction, target), log_snr, u
 
-    def step(self, step: int, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
-        """Make optimizer step number ``step``, from 1; return the weighted loss, on the device."""
-        accumulate, device = self.accumulation, self.accelerator.device
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
-        total = torch.zeros((), device=device)
-        passes = range((step - 1) * accumulate, step * accumulate)
-        for forward, (t, factor) in zip(passes, self.draw_timesteps(passes), strict=True):
-            images, labels = (part.to(device, non_blocking=True) for part in next(batches))
-            if self.options.model.dropout:
-                torch.manual_seed(seed_of(self.options.run.seed, DROPOUT, forward, self.accelerator.process_index))
-            with self.accelerator.accumulate(self.model):
-                images, noise, labels = self.draw(images, labels, forward)
-                losses, log_snr, u = self.losses(images, noise, t, labels)
-                self.tracker.update(losses, log_snr, prediction_type=self.process.prediction_type)
-                weight = self.weight(t, losses.detach())
-                # of the gradient that is taken, which exp(-u) divides as well
-                self.sampler.update(t, losses.detach(), weight=weight if u is None else weight * torch.exp(-u.detach()))
-                losses = weight * losses
-                total += (factor * losses.detach()).mean() / accumulate
-                self.accelerator.backward((factor * (losses if u is None else with_uncertainty(losses, u))).mean())
-                if self.accelerator.sync_gradients:
-                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.optimizer.max_grad_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-        self.ema.step(self.model.parameters())
-        return total
+    def losses_of_pass(
+        self, images: Tensor, labels: Tensor, forward: int, drawn: snrweights.Draw
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mean weighted loss, and the one to descend, of forward pass number ``forward``."""
+        t, factor = drawn
+        images, noise, labels = self.draw(images, labels, forward)
+        losses, log_snr, u = self.losses(images, noise, t, labels)
+        self.tracker.update(losses, log_snr, prediction_type=self.process.prediction_type)
+        weight = self.weight(t, losses.detach())
+        # of the gradient that is taken, which exp(-u) divides as well
+        self.sampler.update(t, losses.detach(), weight=weight if u is None else weight * torch.exp(-u.detach()))
+        losses = weight * losses
+        descended = (factor * (losses if u is None else with_uncertainty(losses, u))).mean()
+        return (factor * losses.detach()).mean(), descended
 
-    def learning_rate(self, step: int) -> float:
-        """Return the learning rate of step number ``step``, from 1."""
-        return self.options.optimizer.learning_rate * self._lr_factor(step)
+    def example_loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean unweighted loss halfway of the noise levels."""
+        t = self.process.timesteps(torch.full((len(images),), 0.5, device=images.device))
+        return self.losses(images, torch.randn_like(images), t, labels)[0].mean()
+
+    def describe(self, step: int) -> dict[str, float]:
+        """Return the gap to the optimal loss, if it is known; the loss by noise level goes to the trackers."""
+        since = (step - 1) * self.accumulation
+        log_loss_by_noise(self.accelerator, self.tracker, step, since=since)
+        return self.gap(since)
 
     @torch.no_grad()
-    def validate(self, held_out: tuple[Tensor, Tensor]) -> LossStatistics:
+    def validate(self, held_out: Images, step: int, log: MetricsLog) -> None:
         """Measure the averaged weights on held-out images: each at four noise levels, the same every time."""
         images, labels = (part.repeat_interleave(4, 0) for part in held_out)
         stream = generator(self.options.run.seed, VALIDATION)
@@ -262,18 +236,18 @@ class Trainer:
         parts = zip(
             *(x.split(self.options.optimizer.train_batch_size) for x in (images, noise, u, labels)), strict=True
         )
-        self.ema.store(self.model.parameters())
-        self.ema.copy_to(self.model.parameters())
-        self.model.eval()
-        for batch in parts:
-            images, noise, u, labels = (part.to(self.accelerator.device) for part in batch)
-            losses, log_snr, _ = self.losses(images, noise, self.process.timesteps(u), labels)
-            tracker.update(losses, log_snr, prediction_type=self.process.prediction_type)
-        self.model.train()
-        if isinstance(self.model, FSDPModule):
-            self.model.reshard()  # without a backward it still holds the whole weights
-        self.ema.restore(self.model.parameters())
-        return tracker.compute()
+        with self.averaged_weights():
+            for batch in parts:
+                images, noise, u, labels = (part.to(self.accelerator.device) for part in batch)
+                losses, log_snr, _ = self.losses(images, noise, self.process.timesteps(u), labels)
+                tracker.update(losses, log_snr, prediction_type=self.process.prediction_type)
+        log.write_validation(step, tracker.compute())
+
+    def plot_weights(self, path: Path) -> None:
+        """Draw the weight on the epsilon error, and the objective that it amounts to."""
+        choices = {"prediction_type": self.process.prediction_type, "density": self.sampler.density}
+        labelled = {self.options.weight.method: self.weight.curve.weighting}
+        plots.save(plots.plot_weights(self.process.schedule, labelled, **choices), path)
 
     def gap(self, since: int) -> dict[str, float]:
         """Return the mean gap to the optimal loss on the model's own target, and its standard error, for the log.
@@ -298,15 +272,11 @@ class Trainer:
 
     def state(self, running: Tensor) -> dict[str, Tensor]:
         """Return everything that a step changes, whole tensors; every process calls it."""
-        averages = {f"ema.{i}": whole(value) for i, value in enumerate(self.ema.shadow_params)}
         self.tracker.sync()
         tracked = {f"tracker.{name}": value for name, value in self.tracker.state_dict().items()}
         tracked |= {f"sampler.{name}": value for name, value in self.sampler_state().items()}
         weight = {f"weight.{name}": value for name, value in self.weight.state_dict().items()}
-        scaler = self.accelerator.scaler
-        scale = {f"scaler.{key}": torch.tensor(value) for key, value in (scaler.state_dict() if scaler else {}).items()}
-        learnt = model_and_optimizer_state(self.model, self.optimizer.optimizer)
-        return {**learnt, **averages, **tracked, **weight, **scale, "running": self.accelerator.reduce(running, "mean")}
+        return {**super().state(running), **tracked, **weight}
 
     def sampler_state(self) -> dict[str, Tensor]:
         """Return the sampler's state on every process, stacked: each has a history of losses of its own."""
@@ -321,31 +291,22 @@ class Trainer:
 
     def restore(self, step: int, state: dict[str, Tensor]) -> Tensor:
         """Take over the state of a checkpoint; return the running loss."""
-        load_model_and_optimizer_state(self.model, self.optimizer.optimizer, state)
-        if self.accelerator.scaler:
-            scale = {name: value.item() for name, value in _under("scaler.", state).items()}
-            self.accelerator.scaler.load_state_dict(scale)
-        self.ema.optimization_step = step
-        for i, value in enumerate(self.ema.shadow_params):
-            copy_whole(value, state[f"ema.{i}"])
-        self.tracker.load_state_dict(_under("tracker.", state))
-        self.restore_sampler(_under("sampler.", state))
-        self.weight.load_state_dict(_under("weight.", state))
-        return state["running"].to(self.accelerator.device)
+        self.tracker.load_state_dict(under("tracker.", state))
+        self.restore_sampler(under("sampler.", state))
+        self.weight.load_state_dict(under("weight.", state))
+        return super().restore(step, state)
 
     def averaged(self) -> tuple[nn.Module, LearnedUncertainty | None]:
         """Return the wrapped network with averaged weights, and the uncertainty, if any; every process calls it.
 
-        Both are whole on each process, however the model that is trained is sharded. That, and the global random
-        numbers, are left as they are.
+        The model that is trained, and the global random numbers, are left as they are.
         """
         with torch.random.fork_rng(devices=()):
             network = self.process.wrap(make_network(self.options))
         learnt = self.options.weight.learned_uncertainty
         uncertainty = LearnedUncertainty(seed=self.options.run.seed) if learnt else None
         modules = nn.ModuleList([network, uncertainty] if learnt else [network])  # in the order of WithUncertainty
-        for parameter, value in zip(modules.parameters(), self.ema.shadow_params, strict=True):
-            parameter.data = whole(value).clone()
+        self.copy_average(modules)
         return network, uncertainty
 
     def save_model(self, folder: Path) -> None:
@@ -356,8 +317,3 @@ class Trainer:
             if uncertainty is not None:
                 uncertainty.save(folder.parent / UNCERTAINTY)
         self.accelerator.wait_for_everyone()
-
-
-def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the part of a state under a prefix."""
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -23,13 +23,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL_OR_RUN",
         help="folder of examples/train.py, which says what it was trained on; or a pipeline or model of diffusers",
     )
-    parser.add_argument("--curve", metavar="FILE", help="of snrweights optimal-loss (default: the run's, or measured)")
     parser.add_argument(
         "-o", "--output", default="diagnosis", metavar="DIR", help="folder to write (default: diagnosis)"
     )
     parser.add_argument(
         "--unit", default="epsilon", choices=PREDICTION_TYPES, help="whose error is shown (default: epsilon)"
     )
+
+    add_data_and_levels(parser, levels=25, log_snr=(-8.0, 8.0))
+
+
+def add_data_and_levels(parser: argparse.ArgumentParser, *, levels: int, log_snr: tuple[float, float] | None) -> None:
+    """Declare how a model is measured: the options that ``diagnosed`` looks at."""
+    parser.add_argument("--curve", metavar="FILE", help="of snrweights optimal-loss (default: the run's, or measured)")
 
     data = parser.add_argument_group("the training data; for a run it is known")
     data.add_argument("--data", metavar="DATASET", help="as for snrweights optimal-loss")
@@ -41,24 +47,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how")
     how.add_argument("--scheduler", metavar="DIR_OR_NAME", help="where a model has none beside it")
     how.add_argument("--prediction-type", choices=PREDICTION_TYPES, help="(default: what the scheduler states)")
-    how.add_argument("--levels", type=int, default=25, metavar="N", help="noise levels (default: 25)")
+    how.add_argument("--levels", type=int, default=levels, metavar="N", help=f"noise levels (default: {levels})")
+    shown = "what schedule and curve reach" if log_snr is None else f"{log_snr[0]:g} {log_snr[1]:g}"
     how.add_argument(
-        "--log-snr", type=float, nargs=2, default=(-8.0, 8.0), metavar=("LOW", "HIGH"), help="(default: -8 8)"
+        "--log-snr", type=float, nargs=2, default=log_snr, metavar=("LOW", "HIGH"), help=f"(default: {shown})"
     )
     how.add_argument("--draws", type=int, default=256, metavar="N", help="of a point and noise (default: 256)")
     how.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws, the same for all (default: 0)")
     how.add_argument("--device", help="where to compute (default: cuda if there is one)")
 
 
+def check_and_device(arguments: argparse.Namespace) -> str:
+    """Check what ``add_data_and_levels`` declared; return the device.
+
+    Raises:
+        ValueError: fewer than two levels.
+    """
+    if arguments.levels < 2:
+        raise ValueError(f"`--levels` must be at least 2, got {arguments.levels}.")
+    return arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
     """Read and measure all models; return what writes the results and gives the exit code, 1 with a warning."""
     from snrweights.integrations.diagnosed import diagnosed
 
-    if arguments.levels < 2:
-        raise ValueError(f"`--levels` must be at least 2, got {arguments.levels}.")
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = check_and_device(arguments)
     paths = [Path(model).expanduser().resolve() for model in arguments.models]
-    found = [diagnosed(path, name, arguments, device) for path, name in zip(paths, names(paths), strict=True)]
+    found = [
+        diagnosed(path, name, arguments, device, arguments.unit).gap
+        for path, name in zip(paths, names(paths), strict=True)
+    ]
     return lambda: _write(found, Path(arguments.output), arguments.unit)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,28 +24,50 @@ _CONFIG = "config.yaml"
 _CURVE_DRAWS = 2048
 
 
-def diagnosed(path: Path, name: str, arguments: argparse.Namespace, device: str) -> ModelGap:
-    """Return the gap of the model in a folder, measured as the arguments of ``snrweights diagnose`` say.
+@dataclass(frozen=True)
+class Diagnosed:
+    """A model with what it was measured on.
+
+    Attributes:
+        gap: what was measured.
+        model: with its schedule and target.
+        images: that it was trained on.
+        curve: their optimal loss.
+    """
+
+    gap: ModelGap
+    model: TrainedModel
+    images: Tensor
+    curve: OptimalLossCurve
+
+
+def diagnosed(path: Path, name: str, arguments: argparse.Namespace, device: str, unit: str = "epsilon") -> Diagnosed:
+    """Return the model in a folder, measured as the arguments of ``snrweights diagnose`` say.
+
+    Without ``arguments.log_snr`` the levels are from end to end of what schedule and curve reach.
 
     Raises:
         FileNotFoundError: no model, no data or no curve there.
-        ValueError: they cannot be read, or do not fit together.
+        ValueError: they cannot be read, or do not fit together, or the unit is none of the model's.
     """
     if not path.is_dir():
         raise FileNotFoundError(f"there is no folder {str(path)!r}.")
     is_run = (path / _CONFIG).is_file()
     options = {"scheduler": arguments.scheduler, "prediction_type": arguments.prediction_type, "device": device}
     model = load_trained(path / "model" if is_run else path, name, **options)
-    if arguments.unit == "edm" and model.schedule.sigma_data is None:
+    if unit == "edm" and model.schedule.sigma_data is None:
         raise ValueError(f"`--unit edm` needs a sigma_data, which {name} has none of; choose another unit.")
     data, classes = _data(path, model, arguments, is_run)
-    levels = model.levels(arguments.levels, *arguments.log_snr)
-    curve = _curve(path, data, levels, arguments, device)
+    curve = _kept_curve(path, arguments)
+    levels = _levels(model, curve, arguments)
+    if curve is None:
+        known: dict[str, Any] = {"labels": data.labels, "flips": data.flips, "device": device}
+        curve = optimal_loss(data.images, (-levels / 2).exp(), draws=_CURVE_DRAWS, seed=arguments.seed + 1, **known)
 
     def denoise(x: Tensor, log_snr: Tensor, index: Tensor) -> Tensor:
         return model.denoise(x, log_snr, None if classes is None else classes.to(index.device)[index])
 
-    return diagnose(
+    gap = diagnose(
         denoise,
         data.images,
         levels,
@@ -56,6 +80,7 @@ def diagnosed(path: Path, name: str, arguments: argparse.Namespace, device: str)
         seed=arguments.seed,
         device=device,
     )
+    return Diagnosed(gap, model, data.images, curve)
 
 
 def _data(
@@ -104,9 +129,7 @@ def _data_of_run(path: Path) -> TrainingImages:
     return training_images(split(images, data.validation_images, options.run.seed)[0], options)
 
 
-def _curve(
-    path: Path, data: TrainingImages, levels: Tensor, arguments: argparse.Namespace, device: str
-) -> OptimalLossCurve:
+def _kept_curve(path: Path, arguments: argparse.Namespace) -> OptimalLossCurve | None:
     """Return the curve that is named; or the run's own, if it is that of a model that is always told its class."""
     if arguments.curve is not None:
         return OptimalLossCurve.load(arguments.curve)
@@ -114,5 +137,13 @@ def _curve(
         own = OptimalLossCurve.load(path / FILE)
         if not own.made.get("class_dropout"):
             return own
-    options: dict[str, Any] = {"labels": data.labels, "flips": data.flips, "device": device}
-    return optimal_loss(data.images, (-levels / 2).exp(), draws=_CURVE_DRAWS, seed=arguments.seed + 1, **options)
+    return None
+
+
+def _levels(model: TrainedModel, curve: OptimalLossCurve | None, arguments: argparse.Namespace) -> Tensor:
+    """Return the levels: over the range that is named, or what the curve has of the schedule."""
+    if arguments.log_snr is not None or curve is None:
+        return model.levels(arguments.levels, *(arguments.log_snr or (-math.inf, math.inf)))
+    low, high = (-2 * curve.sigmas[[-1, 0]].log()).tolist()
+    levels = model.levels(arguments.levels, low, high)
+    return levels[(levels >= low) & (levels <= high)]  # the timestep nearest to an end may lie beyond it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,38 @@ from torch import Tensor
 from snrweights.statistics import LossStatistics
 
 
-def save_results(path: str | os.PathLike[str], **results: Any) -> None:
-    """Write results with ``evaluate.save`` (time, commit, versions), without the interpreter's path, whole or not."""
+def save_results(path: str | os.PathLike[str], *, commit: str | None, **results: Any) -> None:
+    """Write results with ``evaluate.save`` (time, versions), without the interpreter's path, whole or not.
+
+    Args:
+        path: of the file.
+        commit: of the code, in place of that of the current directory, which ``evaluate`` takes.
+        results: what is written beside.
+    """
     with tempfile.TemporaryDirectory() as folder:
         saved = json.loads(evaluate.save(Path(folder) / "results.json", **results).read_text())
     del saved["_interpreter_path"]
+    saved["_git_commit_hash"] = commit
     write_text(path, json.dumps(saved, indent=2) + "\n")
+
+
+def commit_of(folder: Path) -> str | None:
+    """Return the commit of the repository in which a folder lies, None where there is none (or no git).
+
+    Where Python or YAML files of it differ from that commit, ``+changes`` follows: what else a run or a study writes
+    there is no code.
+    """
+
+    def git(*words: str) -> str:
+        asked = ["git", "-C", os.fspath(folder), *words]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--", ":(top)*.py", ":(top)*.yaml")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+changes" if changed else "")
 
 
 class MetricsLog:
@@ -61,14 +88,17 @@ class MetricsLog:
 
     def evaluations(self) -> dict[int, dict[str, float]]:
         """Return step -> the line of every evaluation so far, without the step."""
-        lines = [json.loads(line) for line in self._path.read_text().splitlines()]
-        return {line.pop("step"): line for line in lines if "evaluation_seconds" in line}
+        return self.lines_with("evaluation_seconds")
 
     def validations(self) -> dict[int, tuple[list[float], list[float]]]:
         """Return step -> (log-SNR, loss) of every validation so far."""
+        found = self.lines_with("validation_loss")
+        return {step: (line["log_snr"], line["validation_loss_by_log_snr"]) for step, line in found.items()}
+
+    def lines_with(self, name: str) -> dict[int, dict[str, Any]]:
+        """Return step -> the last line so far that has this value, without the step."""
         lines = [json.loads(line) for line in self._path.read_text().splitlines()]
-        found = [line for line in lines if "validation_loss" in line]
-        return {line["step"]: (line["log_snr"], line["validation_loss_by_log_snr"]) for line in found}
+        return {line.pop("step"): line for line in lines if name in line}
 
     def _append(self, line: dict[str, Any]) -> None:
         if self._accelerator.is_main_process:

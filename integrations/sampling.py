@@ -12,7 +12,7 @@ from snrweights.integrations.results import to_bytes
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-Denoise = Callable[[Tensor, Tensor], Tensor]
+Denoise = Callable[..., Tensor]  # of the image and the noise level
 
 
 def karras_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
@@ -45,7 +45,7 @@ def guided(denoiser: nn.Module, labels: Tensor | None, scale: float, uncondition
     """Return ``predict(x, t)``: the denoiser, guided towards labels by ``p_0 + scale (p_label - p_0)``.
 
     Args:
-        denoiser: called as ``denoiser(x, t, class_labels=...)``.
+        denoiser: called as ``denoiser(x, t, class_labels=...)``, or with other inputs that have a row for each sample.
         labels: (B,) or None for an unconditional model.
         scale: 1 is no guidance.
         unconditional: the label that stands for none.
@@ -55,17 +55,16 @@ def guided(denoiser: nn.Module, labels: Tensor | None, scale: float, uncondition
     if labels is None:
         return denoiser
     if scale == 1.0:
-        return lambda x, t: denoiser(x, t, class_labels=labels)
+        return lambda *inputs: denoiser(*inputs, class_labels=labels)
 
-    def predict(x: Tensor, t: Tensor) -> Tensor:
+    def predict(*inputs: Tensor) -> Tensor:
         both = torch.cat([labels, torch.full_like(labels, unconditional)])
-        towards, away = denoiser(torch.cat([x, x]), torch.cat([t, t]), class_labels=both).chunk(2)
+        towards, away = denoiser(*(torch.cat([x, x]) for x in inputs), class_labels=both).chunk(2)
         return away + scale * (towards - away)
 
     return predict
 
 
-@torch.inference_mode()
 def sample_images(
     process: Any,
     denoiser: nn.Module,
@@ -79,8 +78,6 @@ def sample_images(
     accelerator: Accelerator,
 ) -> Tensor:
     """Sample images as bytes, the same ones on any number of processes.
-
-    Batches of fixed content are shared out, and the noise of every image has a generator of its own.
 
     Args:
         process: with ``sample``, as ``snrweights.integrations.processes`` has it.
@@ -96,13 +93,40 @@ def sample_images(
     Returns:
         uint8 (N, C, H, W), on the CPU of every process.
     """
-    device, count = accelerator.device, shape[0]
+
+    def make(numbers: range) -> Tensor:
+        x = torch.stack([torch.randn(shape[1:], generator=noise(i)) for i in numbers]).to(accelerator.device)
+        labels = labels_of(numbers, classes, accelerator.device)
+        images: Tensor = process.sample(guided(denoiser, labels, guidance_scale, classes), x, steps)
+        return images
+
+    return shared_out(make, shape, batch_size, accelerator)
+
+
+def labels_of(numbers: range, classes: int, device: torch.device) -> Tensor | None:
+    """Return the classes of images by their numbers, in turn; of no classes None."""
+    return torch.tensor([i % classes for i in numbers], device=device) if classes else None
+
+
+@torch.inference_mode()
+def shared_out(
+    make: Callable[[range], Tensor], shape: tuple[int, int, int, int], batch_size: int, accelerator: Accelerator
+) -> Tensor:
+    """Make images in batches of fixed content that the processes share out.
+
+    Args:
+        make: from the numbers of a batch to its images (B, C, H, W) in [-1, 1]; a function of the numbers alone.
+        shape: (N, C, H, W).
+        batch_size: images at once.
+        accelerator: of the run.
+
+    Returns:
+        uint8 (N, C, H, W), on the CPU of every process.
+    """
+    count = shape[0]
     samples = torch.zeros(shape, dtype=torch.uint8)
     starts = range(0, count, batch_size)[accelerator.process_index :: accelerator.num_processes]
     for start in tqdm(starts, desc="Sampling", unit="batch", disable=not accelerator.is_main_process):
         numbers = range(start, min(start + batch_size, count))
-        x = torch.stack([torch.randn(shape[1:], generator=noise(i)) for i in numbers]).to(device)
-        labels = torch.tensor([i % classes for i in numbers], device=device) if classes else None
-        images = process.sample(guided(denoiser, labels, guidance_scale, classes), x, steps)
-        samples[start : numbers.stop] = to_bytes(images).cpu()
-    return accelerator.reduce(samples.to(device), "sum").cpu()
+        samples[start : numbers.stop] = to_bytes(make(numbers)).cpu()
+    return accelerator.reduce(samples.to(accelerator.device), "sum").cpu()

@@ -8,7 +8,7 @@ tensor([0.0110, 1.0000])
 
 from typing import TYPE_CHECKING, Any
 
-from snrweights import optimal, weightings  # weightings registers them
+from snrweights import masked, optimal, weightings  # weightings registers them
 from snrweights.doctor import Diagnosis, doctor
 from snrweights.findings import Finding
 from snrweights.importance import ImportanceSampler
@@ -59,6 +59,7 @@ __all__ = [
     "hyper",
     "list_weightings",
     "loss_weight",
+    "masked",
     "match",
     "objective",
     "optimal",

@@ -13,19 +13,19 @@ from snrweights.densities import DENSITIES
 from snrweights.doctor import doctor
 from snrweights.predictions import PREDICTION_TYPES
 from snrweights.schedulers import schedule_names
-from snrweights.settings import parse_settings
+from snrweights.settings import parse_method, parse_settings
 from snrweights.version import __version__
 from snrweights.weightings.base import Weighting, get_weighting
 
 
 def _labelled(specification: str) -> tuple[str, Weighting]:
     """Read ``min_snr`` or ``min_snr:gamma=5,other=1``."""
-    name, _, settings = specification.partition(":")
-    return specification, get_weighting(name, **parse_settings(settings.split(",") if settings else []))
+    name, hp = parse_method(specification)
+    return specification, get_weighting(name, **hp)
 
 
 def _methods(arguments: argparse.Namespace) -> None:
-    print(report.methods_table(markdown=arguments.markdown))
+    print(report.methods_table(markdown=arguments.markdown, masked=arguments.masked))
 
 
 def _plot(arguments: argparse.Namespace) -> None:
@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
 
     methods = commands.add_parser("methods", help="print the table of weightings")
     methods.add_argument("--markdown", action="store_true", help="as a Markdown table")
+    methods.add_argument("--masked", action="store_true", help="those of masked diffusion")
     methods.set_defaults(run=_methods)
 
     plot = commands.add_parser("plot", help="draw weights and objectives over log-SNR")
@@ -119,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("-o", "--output", metavar="FILE", help="draw what the configuration optimises")
     check.set_defaults(run=_doctor)
 
-    from snrweights.integrations import audit_run, diagnose_run, launch, optimal_run
+    from snrweights.integrations import audit_run, bounds_run, diagnose_run, launch, optimal_run
 
     optimum = commands.add_parser(
         "optimal-loss",
@@ -131,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
 
     for name, module, summary in (
         ("diagnose", diagnose_run, "say how far trained models are from the optimal loss of their data, and where"),
+        ("bounds", bounds_run, "say what the loss of a trained model bounds, as it is and reweighted"),
         ("audit", audit_run, "run a training script for a few steps and say what its loss weighs"),
         ("launch", launch, "run an unmodified training script with a weighting"),
     ):

@@ -53,8 +53,7 @@ class ModelGap:
         loss_stderr: its standard error.
         optimum: the curve there.
         optimum_stderr: its standard error, with what interpolation between its levels may be off.
-        gap: mean squared distance of the model from the ideal denoiser.
-        gap_stderr: its standard error.
+        distances: (L, M) squared distance of the model from the ideal denoiser, by draw, the same draws at all levels.
         unexplained: loss - gap - optimum: 0 but for its error where all belong together.
         unexplained_stderr: its standard error.
         dim: numbers of a point.
@@ -68,13 +67,22 @@ class ModelGap:
     loss_stderr: Tensor
     optimum: Tensor
     optimum_stderr: Tensor
-    gap: Tensor
-    gap_stderr: Tensor
+    distances: Tensor
     unexplained: Tensor
     unexplained_stderr: Tensor
     dim: int
     sigma_data: float | None
     same_data: bool
+
+    @property
+    def gap(self) -> Tensor:
+        """(L,) mean squared distance of the model from the ideal denoiser."""
+        return self.distances.mean(1)
+
+    @property
+    def gap_stderr(self) -> Tensor:
+        """(L,) its standard error."""
+        return stderr_of_mean(self.distances)
 
     def ratio(self, unit: str) -> Tensor:
         """Return R_y (L,), by which errors of x0 become those of another target."""
@@ -98,10 +106,10 @@ class ModelGap:
     def nats(self) -> tuple[float, float]:
         """Return ½ ∫ gap_eps d log_snr, summed over dimensions, and its standard error: what the whole gap costs.
 
-        The integral is by trapezoids over the levels; errors of levels are taken as one, since they share their draws.
+        The integral is by trapezoids over the levels, of every draw: they are the same at all levels.
         """
-        weight = self._steps() * self.ratio("epsilon") * self.dim / 2
-        return float((weight * self.gap).sum()), float((weight * self.gap_stderr).sum())
+        by_draw = (self._steps() * self.ratio("epsilon") * self.dim / 2) @ self.distances
+        return float(by_draw.mean()), float(stderr_of_mean(by_draw))
 
     def share(self) -> Tensor:
         """Return the share of each level (L,) in that integral."""
@@ -255,7 +263,7 @@ def diagnose(
             errors[sign, level] = off.double().square().mean(1)
             distances[sign, level] = (off - offsets[sign, level]).double().square().mean(1)
     ideal = offsets.double().square().mean(-1).mean(0)
-    loss, gap = errors.mean(0), distances.mean(0)
+    loss, distance = errors.mean(0), distances.mean(0)
     variances, turn = torch.linalg.eigh(within)
     known = controls(reference.rows(positions), noise, 1 / inv, reference.variance, axes @ turn, variances)
     seen = sums.confused() >= _ENOUGH  # levels at which enough draws are confused between points
@@ -263,10 +271,10 @@ def diagnose(
     known = torch.cat([known, other[..., None]], -1)
 
     def mean(values: Tensor) -> tuple[Tensor, Tensor]:
-        return values.mean(1).cpu(), (values.std(1) / draws**0.5).cpu()
+        return values.mean(1).cpu(), stderr_of_mean(values).cpu()
 
-    (losses, loss_stderr), (gaps, gap_stderr) = mean(regressed(loss, known)), mean(gap)
-    rest, rest_stderr = mean(regressed(loss - gap, known))
+    losses, loss_stderr = mean(regressed(loss, known))
+    rest, rest_stderr = mean(regressed(loss - distance, known))
     unseen = torch.where(seen.cpu(), 0.0, optimum)  # draws that are not confused do not show what they miss of J
     return ModelGap(
         name=name,
@@ -275,14 +283,23 @@ def diagnose(
         loss_stderr=loss_stderr.maximum(unseen),
         optimum=optimum,
         optimum_stderr=torch.hypot(curve.stderr_at(sigmas), curve.interpolation_error_at(sigmas)) / reference.dim,
-        gap=gaps,
-        gap_stderr=gap_stderr,
+        distances=distance.cpu(),
         unexplained=rest - optimum,
         unexplained_stderr=rest_stderr.maximum(unseen),
         dim=reference.dim,
         sigma_data=sigma_data,
         same_data=all(curve.made.get(key) == value for key, value in reference.provenance().items() if key in _SAME),
     )
+
+
+def stderr_of_mean(by_draw: Tensor) -> Tensor:
+    """Return the standard error of the mean over the last dimension, the draws.
+
+    Example:
+        >>> stderr_of_mean(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        tensor(0.6455)
+    """
+    return by_draw.std(-1) / by_draw.shape[-1] ** 0.5
 
 
 @torch.no_grad()

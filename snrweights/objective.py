@@ -12,8 +12,10 @@ from torch import Tensor
 from snrweights.densities import Density
 from snrweights.drawn import mean_under
 from snrweights.losses import Method
+from snrweights.predictions import LIMIT
 from snrweights.schedulers import as_schedule
 from snrweights.weightings.base import get_weighting
+from snrweights.weightings.bound import WeightCurve
 
 MONOTONE_TOLERANCE = 1e-4  # of the maximum: above the rounding of a float32 table, far below any real rise
 
@@ -52,6 +54,19 @@ class Objective:
     def monotone(self) -> bool:
         """Whether w_KG does not increase with log-SNR (Kingma & Gao 2023, arXiv 2303.00848)."""
         return self.negative_mass <= MONOTONE_TOLERANCE
+
+
+def log_objective(curve: WeightCurve, log_snr: Tensor) -> Tensor:
+    """Return ln w_KG = ln p + ln w_eps at ``log_snr``, any shape, float64; -inf where nothing is drawn.
+
+    Example:
+        >>> curve = get_weighting("sigmoid").over_log_snr("flow")
+        >>> log_objective(curve, torch.zeros(1)).exp()
+        tensor([0.5000], dtype=torch.float64)
+    """
+    log_p = curve.density.log_prob(log_snr.clamp(-LIMIT, LIMIT))
+    # where nothing is drawn the objective is 0, also for a weight that would be infinite there
+    return torch.where(log_p == -math.inf, -math.inf, log_p + curve.log_weight(log_snr, "epsilon"))
 
 
 def objective(
@@ -94,9 +109,7 @@ def objective(
     curve = weighting.over_log_snr(schedule, prediction_type=prediction_type, density=density, clamp_max=clamp_max)
     log_snr = schedule.log_snr(schedule.grid())
     log_snr = log_snr[log_snr.isfinite()].sort().values
-    log_p = curve.density.log_prob(log_snr)
-    # where nothing is drawn the objective is 0, also for a weight that would be infinite there
-    w_kg = torch.where(log_p == -math.inf, 0.0, (log_p + curve.log_weight(log_snr, "epsilon")).exp())
+    w_kg = log_objective(curve, log_snr).exp()
     if not 0 < float(w_kg.max()) < math.inf:
         raise ValueError(f"{curve.weighting} under {curve.density} has no finite objective on {schedule}.")
     w_kg = w_kg / w_kg.max()

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from snrweights.weightings.base import _REGISTRY, Weighting
+from collections.abc import Iterable
+
+from snrweights.masked.weights import _REGISTRY as _MASKED
+from snrweights.weightings.base import _REGISTRY, Formula
 
 _HEAD = ("method", "formula", "hyperparameters", "source")
 
 
-def _row(cls: type[Weighting]) -> tuple[str, str, str, str]:
+def _row(cls: type[Formula]) -> tuple[str, str, str, str]:
     defaults = cls.hyperparameters().items()
     hyperparameters = ", ".join(name if name in cls.needs else f"{name}={default}" for name, default in defaults)
     return cls.name, cls.formula, hyperparameters, cls.source
 
 
-def methods_table(*, markdown: bool = False) -> str:
-    """Return the table of registered weightings, as aligned text or as Markdown.
+def methods_table(*, markdown: bool = False, masked: bool = False) -> str:
+    """Return the table of registered weightings, or of those of masked diffusion, as aligned text or as Markdown.
 
     Example:
-        >>> "min_snr" in methods_table()
-        True
+        >>> "min_snr" in methods_table(), "simple" in methods_table(masked=True)
+        (True, True)
     """
-    rows = [_row(cls) for cls in _REGISTRY.values()]
+    classes: Iterable[type[Formula]] = _MASKED.values() if masked else _REGISTRY.values()
+    rows = [_row(cls) for cls in classes]
     if markdown:
         cells = [(f"`{name}`", *(cell.replace("|", r"\|") for cell in rest)) for name, *rest in rows]
         head = ["| " + " | ".join(_HEAD) + " |", "|---" * len(_HEAD) + "|"]

@@ -54,7 +54,8 @@ class Schedule(Protocol):
         """Return timesteps that stand for the schedule, both ends included, shape (T,)."""
 
 
-def _check_range(t: Tensor, low: float, high: float, *, without_low: bool = False, without_high: bool = False) -> None:
+def check_range(t: Tensor, low: float, high: float, *, without_low: bool = False, without_high: bool = False) -> None:
+    """Raise ValueError where ``t`` is NaN or outside [low, high], or an end that is left out."""
     inside = (t > low if without_low else t >= low) & (t < high if without_high else t <= high)
     if not bool(inside.all()):  # NaN is never inside
         brackets = "(" if without_low else "[", ")" if without_high else "]"
@@ -157,7 +158,7 @@ class DiscreteSchedule:
     def check(self, t: Tensor) -> None:
         """Raise IndexError where ``t`` is outside 0..T-1 or NaN."""
         try:
-            _check_range(t, 0, len(self.log_snr_table) - 1)
+            check_range(t, 0, len(self.log_snr_table) - 1)
         except ValueError as error:
             raise IndexError(str(error)) from None
 
@@ -242,7 +243,7 @@ class CosineSchedule:
 
     def check(self, t: Tensor) -> None:
         """Raise ValueError where ``t`` is outside [t_min, t_max] or NaN."""
-        _check_range(t, self.t_min, self.t_max)
+        check_range(t, self.t_min, self.t_max)
 
     def grid(self) -> Tensor:
         """Return 1001 times from t_min to t_max."""
@@ -295,7 +296,7 @@ class FlowSchedule:
         With ``s_min`` > 0 the clean end itself is outside too, since weights were not checked there.
         """
         ends = {"without_high" if self.reversed else "without_low": self.s_min > 0}
-        _check_range(t, 0, self.num_train_timesteps, **ends)
+        check_range(t, 0, self.num_train_timesteps, **ends)
 
     def grid(self) -> Tensor:
         """Return 1001 times, from the cleanest (``s_min``) to pure noise."""
@@ -344,7 +345,7 @@ class EDMSchedule:
     def check(self, t: Tensor) -> None:
         """Raise ValueError where ``t`` is not finite, or not a positive sigma."""
         lowest = 0.0 if self.timestep == "sigma" else -math.inf
-        _check_range(t, lowest, math.inf, without_low=True, without_high=True)
+        check_range(t, lowest, math.inf, without_low=True, without_high=True)
 
     def grid(self) -> Tensor:
         """Return 1001 timesteps, log-uniform in sigma from sigma_min to sigma_max."""

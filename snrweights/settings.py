@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, float | str]:
@@ -22,3 +23,14 @@ def parse_settings(settings: Sequence[str]) -> dict[str, float | str]:
         except ValueError:
             values[name] = text
     return values
+
+
+def parse_method(specification: str) -> tuple[str, dict[str, Any]]:
+    """Turn ``min_snr`` or ``min_snr:gamma=5,other=1`` into a name and hyperparameters.
+
+    Example:
+        >>> parse_method("min_snr:gamma=5")
+        ('min_snr', {'gamma': 5.0})
+    """
+    name, _, settings = specification.partition(":")
+    return name, {**parse_settings(settings.split(",") if settings else [])}

@@ -32,7 +32,7 @@ def gaussian_curve(variance, dim=4, low=0.01, high=100.0):
     """The optimal loss of Gaussian data, the same variance in every direction: dim v s² / (v + s²)."""
     sigmas = torch.logspace(math.log10(low), math.log10(high), 401, dtype=torch.float64)
     value = dim * variance * sigmas**2 / (variance + sigmas**2)
-    made = {"dim": dim, "variance": dim * variance}
+    made = {"dim": dim, "variance": dim * variance, "second_moment": dim * variance}
     return OptimalLossCurve(sigmas, value, torch.zeros_like(value), ("pairs",) * len(value), value.round(), made)
 
 

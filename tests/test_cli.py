@@ -8,6 +8,7 @@ import pytest
 
 from snrweights import __version__, list_weightings
 from snrweights.cli import main
+from snrweights.masked import list_masked_weightings
 from snrweights.report import methods_table
 from snrweights.settings import parse_settings
 
@@ -35,6 +36,16 @@ def test_methods_prints_one_line_per_weighting_with_its_formula(capsys):
     assert [row.split()[0] for row in rows] == list_weightings()
     assert "min_snr         w_x0 = min(SNR, gamma)" in out
     assert out == methods_table() + "\n"
+
+
+def test_methods_of_masked_diffusion_are_a_table_of_their_own(capsys):
+    code, out, err = run(capsys, "methods", "--masked")
+    assert (code, err) == (0, "")
+    assert [row.split()[0] for row in out.splitlines()[1:]] == list_masked_weightings()
+    assert "w = (1 - alpha) / -alpha'" in out
+    _, markdown, _ = run(capsys, "methods", "--masked", "--markdown")
+    assert "| `sigmoid` |" in markdown
+    assert "min_snr" not in out + markdown
 
 
 def test_methods_as_markdown_is_a_table_of_four_columns(capsys):

@@ -151,8 +151,9 @@ def test_the_draws_are_those_of_the_seed():
 def known(**other):
     level = torch.tensor([-2.0, 0.0, 2.0], dtype=torch.float64)
     few, one = torch.full((3,), 1e-3).double(), torch.ones(3).double()
-    values = {"loss": 3 * one, "optimum": one, "gap": 2 * one, "unexplained": 0 * one}
-    errors = {"loss_stderr": few, "optimum_stderr": 0 * one, "gap_stderr": few, "unexplained_stderr": few}
+    distances = 2 + 1e-3 * torch.tensor([[-1.0, 1.0]]).double().expand(3, 2)  # two draws: 2 ± 0.001
+    values = {"loss": 3 * one, "optimum": one, "distances": distances, "unexplained": 0 * one}
+    errors = {"loss_stderr": few, "optimum_stderr": 0 * one, "unexplained_stderr": few}
     facts = {"name": "m", "log_snr": level, "dim": 4, "sigma_data": 0.5, "same_data": True}
     return ModelGap(**{**facts, **values, **errors, **other})
 
@@ -165,7 +166,10 @@ def test_units_shares_and_the_middle():
     weights = torch.tensor([math.exp(-2), 2, math.exp(2)])
     torch.testing.assert_close(gap.share(), (weights / weights.sum()).double())
     assert gap.middle() == (0.0, 2.0)
-    assert gap.nats()[0] == pytest.approx(2 * 4 / 2 * float(weights.sum()))
+    whole = 4 / 2 * float(weights.sum())
+    assert gap.nats() == pytest.approx((2 * whole, 1e-3 * whole))
+    opposite = known(distances=2 + torch.tensor([[-1.0, 1.0], [0.0, 0.0], [1.0, -1.0]]).double() * 1e-3)
+    assert opposite.nats()[1] == pytest.approx(1e-3 * 4 / 2 * (math.exp(2) - math.exp(-2)))  # draws are paired
 
 
 def test_the_tolerance_is_of_all_levels_together():

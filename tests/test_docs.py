@@ -60,6 +60,23 @@ def test_the_code_of_the_guide_to_samplers_runs_from_top_to_bottom():
     assert len(blocks) == guide.count("```") / 2
 
 
+def test_the_examples_of_the_guide_to_bounds_run():
+    failed, tried = doctest.testfile(
+        str(ROOT / "examples" / "guides" / "bounds.md"), module_relative=False, optionflags=FLAGS
+    )
+    assert failed == 0
+    assert tried > 0
+
+
+def test_the_guide_to_bounds_has_numbers_of_the_results():
+    guide = (ROOT / "examples" / "guides" / "bounds.md").read_text()
+    table = (ROOT / "examples" / "results" / "bounds-digits" / "table.md").read_text().splitlines()
+    rows = guide.partition("### The digits")[2].partition("[All weightings]")[0].splitlines()
+    shown = [row for row in rows if row.startswith("|")]
+    assert len(shown) > 15
+    assert [row for row in shown if row not in table] == []
+
+
 def test_the_guide_to_samplers_has_every_density_and_every_rule():
     guide = (ROOT / "examples" / "guides" / "samplers.md").read_text()
     assert [name for name in (*DENSITIES, *RULES) if f"| `{name}` |" not in guide] == []

@@ -13,25 +13,26 @@ PACKAGE = Path(snrweights.__file__).parent
 # a module imports from lower floors only; a new module must be given one
 FLOORS = [
     {"files", "measure", "schedules", "predictions", "seeds", "settings", "version", "optimal.exact"},
-    {"schedulers", "densities", "process", "statistics", "tracker_state", "uncertainty"}
+    {"elbo_terms", "schedulers", "densities", "process", "statistics", "tracker_state", "uncertainty"}
     | {"optimal.controls", "optimal.curve", "optimal.pairs", "optimal.reference"}
     | {"optimal.sources", "optimal.work"},
     {"drawn", "tracking", "uniforms", "optimal.draws", "optimal.ideal", "optimal.small_noise"},
-    {"quantiles", "history", "weightings.bound", "optimal.estimator", "optimal.gap", "diagnose"},
-    {"weightings.base", "optimal.scaling", "optimal.subsets"},
-    {"optimal"},
+    {"quantiles", "history", "weightings.bound", "optimal.estimator", "optimal.gap", "diagnose"}
+    | {"optimal.information"},
+    {"weightings.base", "optimal.scaling", "optimal.subsets", "masked.schedules"},
+    {"optimal", "masked.weights"},
     {
         *("weightings.adaptive", "weightings.classic", "weightings.clipped", "weightings.objectives"),
         "weightings.optimal",
         "weightings.parity",
     },
-    {"weightings"},
-    {"losses", "samplers"},
-    {"importance", "objective", "recognition"},
-    {"findings"},
+    {"weightings", "masked.counts", "masked.draws"},
+    {"losses", "samplers", "masked.losses"},
+    {"importance", "objective", "recognition", "masked.evaluation"},
+    {"findings", "bounds", "masked"},
     {"doctor"},
-    {"report", "plots", "runs", "charts"},
-    {"run_charts", "gap_plots", "optimal_plots"},
+    {"report", "plots", "runs", "charts", "bounds_report"},
+    {"run_charts", "gap_plots", "optimal_plots", "bounds_plots"},
     {"page"},
     {"cli"},
     {""},  # the package's own __init__

@@ -69,7 +69,8 @@ def gap(name, loss):
     none, few = torch.zeros(3).double(), torch.full((3,), 1e-4).double()
     distance = (loss * optimum - optimum).clamp_min(0)
     rest = loss * optimum - distance - optimum
-    return ModelGap(name, level, loss * optimum, few, optimum, none, distance, few, rest, few, 4, 0.5, True)
+    distances = distance[:, None] + 1e-4 * torch.tensor([-1.0, 1.0]).double()
+    return ModelGap(name, level, loss * optimum, few, optimum, none, distances, rest, few, 4, 0.5, True)
 
 
 def test_models_are_drawn_beside_the_optimum_and_marked_where_they_are_below():

@@ -2,8 +2,10 @@
 
 import io
 import json
+import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +21,9 @@ from training import EXAMPLES
 sys.path.insert(0, str(EXAMPLES))
 import reproduce
 import studies
-from study_records import read_records
+import study_runs
+from snrweights.integrations.results import commit_of
+from study_records import collect, read_records
 
 STAND_INS = Path(__file__).parent / "stand_ins"
 TINY, STUB = STAND_INS / "tiny_study.yaml", STAND_INS / "stub_train.py"
@@ -197,10 +201,46 @@ def test_a_failed_run_is_told_and_the_others_go_on(tmp_path):
     }
 
 
+def test_images_of_a_run_that_diverged_have_no_distance(uninterrupted, tmp_path):
+    """Weights that are not finite still give bytes, whose distance is a number like any other."""
+    study = studies.load_study(str(TINY))
+    shutil.copytree(uninterrupted / "runs" / "tiny_study" / study.runs[0].name, tmp_path / "run")
+    before = collect(tmp_path / "run", study.runs[0], study.collect).series["fd_pixels"]
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": NaN}\n')
+    after = collect(tmp_path / "run", study.runs[0], study.collect).series["fd_pixels"]
+    assert after[:2] == before[:2]
+    assert [step for step, value in after if math.isnan(value)] == [6, 8]
+
+
+def test_what_cannot_be_started_or_kept_is_told(uninterrupted, tmp_path, monkeypatch):
+    """A disk may be full at any time: the runs stay, and are read again when there is room."""
+    one = ("--only", "seed=0", "--only", "method=min_snr")
+    done = run(tmp_path, *one, "--launch", "no-such-program")
+    assert done.returncode == 1
+    assert "linear-min_snr-s0: failed, it could not be started: [Errno 2] No such file" in done.stdout
+    assert "0 of 8 runs are done." in done.stdout
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study_runs, "add_record", full)
+        done = run(tmp_path, *one)
+    assert done.returncode == 1
+    assert "failed, its numbers could not be kept: [Errno 28] No space left on device" in done.stdout
+    done = run(tmp_path, *one)
+    assert done.returncode == 0
+    assert "begins" not in done.stdout  # it had ended
+    assert "linear-min_snr-s0: done" in done.stdout
+
+
 def test_a_dry_run_says_what_is_left_and_runs_nothing(tmp_path):
     before = run(tmp_path, "--dry-run")
     assert before.stdout.splitlines()[-2:] == ["8 runs: 8 to do.", "About 0.0 hours are left, 1 at a time."]
     assert not (tmp_path / "runs").exists()
+    some = run(tmp_path, "--dry-run", "--only", "method=ddpm", "--only", "method=min_snr", "--only", "seed=1").stdout
+    assert "3 runs: 3 to do." in some
     assert run(tmp_path, "--only", "schedule=cosine", "--jobs", "3").returncode == 0
     after = run(tmp_path, "--dry-run").stdout
     assert "cosine-ddpm-s1         done" in after
@@ -237,6 +277,10 @@ def test_what_cannot_be_is_refused(argv, said, tmp_path):
             r"Unknown 'cos' in study 'tiny_study', 'select', axis 'sch",
         ),
         (lambda v: v["base"].update(max_step=3), "Unknown option '--max-step'"),
+        (lambda v: v.update(script="trian.py"), r"Unknown 'trian.py' in study 'tiny_study', 'script'; choose one of"),
+        (lambda v: v.update(seeds=[1, 1]), "Two runs of study 'tiny_study' have the name 'linear-ddpm-s1'"),
+        (lambda v: v["axes"]["schedule"].update({True: {}}), "True of axis 'schedule' in study 'tiny_study' must be a"),
+        (lambda v: v["axes"]["method"].update({"a/b": {}}), "'a/b' of axis 'method' in study 'tiny_study' must be a"),
     ],
 )
 def test_a_study_file_with_a_mistake_is_refused(change, said, tmp_path):
@@ -245,8 +289,39 @@ def test_a_study_file_with_a_mistake_is_refused(change, said, tmp_path):
 
 
 @pytest.mark.slow
-def test_training_for_real(tmp_path):
+def test_training_a_masked_model_for_real(tmp_path):
+    """The study of the digits, with a network and a number of steps that take no time."""
+    values = yaml.safe_load((studies.STUDIES / "masked-digits.yaml").read_text())
+    tiny = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "train_batch_size": 4, "num_inference_steps": 2}
+    tiny |= {"max_steps": 4, "validation_steps": 2, "evaluation_steps": [2], "features": ["pixels"], "elbo_draws": 1}
+    values["base"] |= tiny
+    values["seeds"] = [7]
+    values["axes"]["method"] = {name: values["axes"]["method"][name] for name in ("elbo", "flow")}
+    values["collect"] = {"series": ["fd_pixels_500", "bits_per_dim"]}
+    values["analyses"] = [{**item, "metrics": values["collect"]["series"]} for item in values["analyses"][1:2]]
+    values["claims"] = values["claims"][3:4]
+    study = tmp_path / "masked.yaml"
+    study.write_text(yaml.safe_dump(values, sort_keys=False))
+    done = run(tmp_path, "--jobs", "2", "--threads", "1", study=study, script=studies.SCRIPTS["train_masked.py"].path)
+    assert done.returncode == 0, done.stdout
+    output = tmp_path / "results" / "masked"
+    one, other = read_records(output / "runs.jsonl").values()
+    assert (one.run, other.run) == ("elbo-s7", "flow-s7")
+    assert one.settings["data.levels"] == 17
+    assert [step for step, _ in one.series["bits_per_dim"]] == [2, 4]
+    assert one.series["bits_per_dim"] != other.series["bits_per_dim"]
+    page = (output / "README.md").read_text()
+    assert "| negative ELBO, bits per dimension | `flow` |" in page
+    assert "not decidable at this size" in page  # of one seed
+    values["base"]["hidden_size"] = 32
+    study.write_text(yaml.safe_dump(values, sort_keys=False))
+    assert "(model.hidden_size: 16 -> 32)" in run(tmp_path, study=study).stdout
+
+
+@pytest.mark.slow
+def test_training_for_real(tmp_path, monkeypatch):
     """Two runs of train.py, with everything that a study can keep of them."""
+    monkeypatch.chdir(tmp_path)
     study = tmp_path / "real.yaml"
     tiny = {"block_out_channels": [32], "attention": [False], "train_batch_size": 4, "num_inference_steps": 2}
     tiny |= {"preset": "digits", "max_steps": 4, "evaluation_steps": [2], "num_samples": 6, "logging_steps": 1}
@@ -278,6 +353,7 @@ def test_training_for_real(tmp_path):
     assert one.results["fd_pixels_6_real_vs_real"] > 0
     assert one.seconds > 0
     assert one.made["versions"]["torch"]
+    assert one.made["commit"] == commit_of(EXAMPLES)  # not that of the current directory
     assert sorted(one.variance) == ["0.5", "1.0"]
     assert one.profiles["loss"]["step"] == 4
     assert all(value > 0 for value in one.profiles["loss"]["values"])

@@ -1,7 +1,6 @@
 """The studies of examples/studies: every run's options, what is asked of them, and what was fixed beforehand."""
 
 import functools
-import inspect
 import sys
 
 import pytest
@@ -11,13 +10,14 @@ sys.path.insert(0, str(EXAMPLES))
 import reproduce
 import study_claims
 from analyses import ANALYSES
-from options import Options, check_options
+from masked_options import check_options as check_masked_options
+from options import check_options
 from snrweights.integrations.comparison import counted
-from snrweights.integrations.config import parse_options
 from snrweights.integrations.features import DISTANCE_NAMES
-from studies import PRESETS, STUDIES
+from studies import SCRIPTS, STUDIES
 from studies import load_study as read_study
-from study_report import DEFAULTS, write_report
+from study_checks import check_study
+from study_report import write_report
 from trainer import make_model
 
 load_study = functools.cache(read_study)
@@ -26,8 +26,13 @@ HERE = [name for name in NAMES if load_study(name).seconds]  # sized for a CPU
 EXPLORED = {0, 1, 2, 42, 142, 242}
 
 
-def options_of(run):
-    return parse_options(Options, PRESETS, "digits", run.flags)
+CHECKS = {"train.py": check_options, "train_masked.py": check_masked_options}
+
+
+def options_of(run, script="train.py"):
+    options = SCRIPTS[script].parse(run.flags)
+    CHECKS[script](options)
+    return options
 
 
 def test_the_studies_are_there():
@@ -55,13 +60,13 @@ def test_every_run_has_its_own_options_and_measures_what_is_collected(name):
         == len(runs)
     )
     for run in runs[: len(runs) // len(study.seeds)]:  # of the first seed
-        options = options_of(run)
-        check_options(options)
+        options = options_of(run, study.script)
         output = options.output
         counts = output.evaluation_samples or (output.num_samples,)
         measured = {counted(DISTANCE_NAMES[kind][0], count) for kind in output.features for count in counts}
-        measured |= {"validation_loss"} if options.data.validation_images else set()
-        measured |= {"gap"} if output.optimal_loss != "none" else set()
+        held_out = {"train.py": {"validation_loss"}, "train_masked.py": {"negative_elbo", "bits_per_dim"}}
+        measured |= held_out[study.script] if options.data.validation_images else set()
+        measured |= {"gap"} if getattr(output, "optimal_loss", "none") != "none" else set()
         assert set(study.collect.series) <= measured
         assert output.checkpointing_steps > 0  # so that an interrupted run goes on
         assert options.weight.normalize == "mean"
@@ -70,42 +75,9 @@ def test_every_run_has_its_own_options_and_measures_what_is_collected(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_asked_exists(name):
     study = load_study(name)
-    levels = {axis: set(values) for axis, values in study.axes.items()}
-    kept = {*study.collect.series, *study.collect.profiles}
-    kept |= {"loss", "gap"} if study.collect.loss_since is not None else set()
-
-    def check(arguments, function):
-        assert inspect.signature(function).bind(*[None] * positional(function), **arguments)
-        arms = [
-            value for key, value in arguments.items() if key in ("one", "other", "reference", "references", "where")
-        ]
-        for arm in arms:
-            for axis, level in arm.items() if isinstance(arm, dict) else ():
-                assert level in levels[axis]
-        for axis in [arguments.get("compare"), arguments.get("axis"), *arguments.get("by", ())]:
-            assert axis is None or axis in levels
-        metrics = [*arguments.get("metrics", ()), *arguments.get("thresholds", ())]
-        metrics = [metric for metric in metrics if isinstance(metric, str)]
-        metrics += [arguments[key] for key in ("metric", "profile") if key in arguments]
-        assert set(metrics) <= kept
-
-    for item in study.analyses:
-        given = {key: value for key, value in item.items() if key not in DEFAULTS}
-        check(given, ANALYSES[item["analysis"]])
-        if "reference" in given:
-            assert given["reference"] in levels[given["compare"]]
-    for item in study.claims:
-        check(item["of"], study_claims.EFFECTS[item["effect"]])
-        for axis, level in item.get("where", {}).items():
-            assert level in levels[axis]
-        assert len(item["seen"]) == 2
-        assert not item.get("published") or item["source"]
+    check_study(study)
     assert study.claims
-
-
-def positional(function):
-    """Return how many arguments come before those of a study's file: study and records, or records."""
-    return 2 if function in ANALYSES.values() else 1
+    assert all(not claim.get("published") or claim["source"] for claim in study.claims)
 
 
 def test_studies_that_are_run_here_use_seeds_that_no_exploration_used():
@@ -135,6 +107,17 @@ def test_alsr_is_run_as_the_paper_has_it(name):
     assert by_arm["log-uniform"].process.time_density == "log_uniform"
     optimizer = by_arm["alsr .1"].optimizer
     assert (optimizer.max_steps, optimizer.train_batch_size, optimizer.ema_decay) == (60_000, 128, 0.9995)
+
+
+@pytest.mark.parametrize("name", ["optimal-digits", "cifar10-optimal"])
+def test_the_optimal_loss_is_compared_with_plain_recipes(name):
+    by_arm = {run.levels["arm"]: options_of(run) for run in load_study(name).runs}
+    asked = {arm: (o.process.time_density, o.weight.method, o.sampler.importance) for arm, o in by_arm.items()}
+    assert asked["edm optimal"] == ("log_uniform", "optimal_loss", "gap")
+    assert asked["edm"][:2] == ("log_normal", "edm")
+    assert asked["flow optimal"][1:] == ("optimal_loss", "gap")
+    assert asked["flow"][1] == "native"
+    assert {asked[arm][2] for arm in ("edm", "flow")} <= {None, "none"}
 
 
 def test_factors_are_crossed():
@@ -181,4 +164,4 @@ def test_the_study_of_the_guide_is_one(tmp_path):
     assert options_of(study.runs[0]).output.features == ("lite0",)
     assert study.claims[0]["effect"] in study_claims.EFFECTS
     write_report(study, [], tmp_path, "")
-    assert "**no runs yet**" in (tmp_path / "README.md").read_text()
+    assert "**too few runs yet**" in (tmp_path / "README.md").read_text()

@@ -1,5 +1,6 @@
 """Statistics, claims and analyses of studies, on records whose answers are known."""
 
+import dataclasses
 import doctest
 import importlib
 import math
@@ -14,6 +15,7 @@ import analyses
 import study_claims
 import study_statistics as statistics
 from studies import Collect, Study
+from study_checks import check_study
 from study_records import Record
 from study_report import finite, write_report
 
@@ -83,6 +85,10 @@ def test_steps_are_interpolated_in_the_logarithm():
     assert statistics.steps_to(series, 2.0) == pytest.approx((350.0, 350.0))
     assert statistics.steps_to(series, 16.0) == (0.0, 100.0)
     assert statistics.steps_to(series, 0.5) == (500.0, INF)
+    assert statistics.steps_to([[100, 2.0], [200, -0.1]], 1.0) == (100.0, 200.0)  # no logarithm: between the two
+    diverged = [[100, 8.0], [200, math.nan], [300, math.nan]]
+    assert statistics.steps_to(diverged, 4.0) == (300.0, INF)
+    assert statistics.steps_to([*diverged, [400, 2.0]], 4.0) == pytest.approx((250.0, 250.0))
 
 
 @pytest.mark.parametrize(
@@ -212,7 +218,7 @@ def test_the_report(records, tmp_path):
     write_report(asked, records, tmp_path, "the command")
     page = (tmp_path / "README.md").read_text()
     assert "| Lower | 21 % (them) | 0.200 (0.200), 3 seeds | lower above 0 | **seen** |" in page
-    assert "| On cosine | 21 % (them) |  | lower above 0 | **no runs yet** |" in page
+    assert "| On cosine | 21 % (them) |  | lower above 0 | **too few runs yet** |" in page
     assert "| lower below 0.1 | **not seen** |" in page
     assert "| fd | linear | `min_snr` | 1.80 ± 0.10 | 3 | +20 % | +20 to +20 % |" in page
     assert "| fd | method | `min_snr` | `ddpm` | +20 % |" in page
@@ -227,20 +233,74 @@ def test_infinite_bounds_are_null_in_json():
     assert finite({"a": [1.0, (-INF, 2)], "b": math.nan}) == {"a": [1.0, [None, 2]], "b": None}
 
 
+def analysis(**changes):
+    return {"analysis": "final", "metrics": ["fd"], "compare": "method", "reference": "ddpm"} | changes
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        (
-            {"analyses": [{"analysis": "guess"}]},
-            r"Unknown 'guess' in the analyses of 'known'; choose one of \['course'",
-        ),
-        ({"claims": [claim(effect="hope")]}, r"Unknown 'hope' in a claim of 'known'; choose one of \['lower'"),
-        ({"claims": [claim(sen=1)]}, r"Unknown 'sen' in a claim of 'known'; choose one of \['claim'"),
+        (analysis(analysis="guess"), r"Unknown 'guess' in analysis 1 of 'known'; choose one of \['course'"),
+        (analysis(compar="method"), r"Unknown 'compar' in analysis 1 of 'known'; choose one of \['metrics', 'compare'"),
+        (analysis(compare="methods"), r"Unknown 'methods' in analysis 1 of 'known'; choose one of \['schedule'"),
+        (analysis(reference="dppm"), r"Unknown 'dppm' in .*'reference', axis 'method'; choose one of \['ddpm'"),
+        (analysis(metrics=["df"]), r"Unknown 'df' in analysis 1 of 'known': metrics .*; choose one of \['fd'\]"),
+        (analysis(where={"schedule": "linaer"}), r"Unknown 'linaer' in .*'where', axis 'schedule'"),
+        (analysis(by=["schedul"]), "Unknown 'schedul' in analysis 1 of 'known'"),
+        ({"analysis": "final", "metrics": ["fd"]}, r"analysis 1 of 'known' lacks \['compare', 'reference'\]"),
+        ({"analysis": "by_noise", "compare": "method", "profile": "gap"}, "Unknown 'gap' in .*: profiles are those"),
+        (claim(effect="hope"), r"Unknown 'hope' in claim 1 of 'known'; choose one of \['lower'"),
+        (claim(sen=1), r"Unknown 'sen' in claim 1 of 'known'; choose one of \['claim'"),
+        (claim(seen=[0]), r"'seen' in claim 1 of 'known' must be \[low, high\]"),
+        (claim(of=claim()["of"] | {"one": {"method": "minsnr"}}), r"Unknown 'minsnr' in .*'one', axis 'method'"),
+        ({"claim": "Nothing"}, r"claim 1 of 'known' lacks \['effect', 'of', 'seen'\]"),
     ],
 )
-def test_what_is_not_known_is_refused(records, tmp_path, asked, said):
+def test_a_mistake_in_what_is_asked_is_found_before_any_run(asked, said):
+    check_study(study(analyses=[analysis()], claims=[claim()]))
     with pytest.raises(SystemExit, match=said):
-        write_report(study(**asked), records, tmp_path, "")
+        check_study(study(**{"claims" if "claim" in asked else "analyses": [asked]}))
+
+
+PAIR = {"one": {"method": "min_snr"}, "other": {"method": "ddpm"}}
+ASKED = [
+    ("lower", PAIR | {"metric": "fd"}),
+    ("fewer_steps", PAIR | {"metric": "fd", "thresholds": [4]}),
+    ("wider", PAIR | {"metric": "fd"}),
+    ("matching", PAIR | {"reference": {"method": "smoothed_kl"}, "metric": "fd"}),
+    ("lower_profile", PAIR | {"profile": "gap", "window": [-3, 5]}),
+    ("straighter", {"axis": "method", "sizes": {"ddpm": 1, "min_snr": 2, "smoothed_kl": 4}, "window": [-3, 5]}),
+]
+
+
+@pytest.mark.parametrize("bad", [math.nan, 0.0, -1.0])
+def test_a_run_that_diverged_neither_ends_the_page_nor_vanishes_from_it(records, tmp_path, bad):
+    """Numbers that are not finite, and those of which there is no logarithm."""
+
+    def profiles(value):
+        return {name: {"step": 1, "log_snr": [-1.0, 1.0], "values": [0.1, value]} for name in ("loss", "gap")}
+
+    found = [dataclasses.replace(one, profiles=profiles(0.2)) for one in records]
+    found[1] = record(1, "min_snr", [17, bad, bad, bad], profiles=profiles(bad))
+    of_all = [
+        analysis(),
+        {"analysis": "course", "metrics": ["fd"], "compare": "method"},
+        {"analysis": "steps", "thresholds": {"fd": [4.0]}, "compare": "method", "reference": "ddpm"},
+        {"analysis": "matching", "metrics": ["fd"], "compare": "method", "pair": ["smoothed_kl", "min_snr"]}
+        | {"reference": "ddpm"},
+        {"analysis": "factors", "metrics": ["fd"], "references": {"method": "ddpm"}},
+        {"analysis": "by_noise", "profile": "gap", "compare": "method"},
+        {"analysis": "scaling", "unit": "parameters"} | ASKED[-1][1],
+    ]
+    claims = [claim(claim=effect, effect=effect, of=of) for effect, of in ASKED]
+    asked = dataclasses.replace(study(analyses=of_all, claims=claims), collect=Collect(["fd"], loss_since=0.5))
+    check_study(asked)
+    write_report(asked, found, tmp_path, "the command")
+    page = (tmp_path / "README.md").read_text()
+    assert "nan" not in page
+    assert ("**Not finite: `linear-min_snr-s1` (fd).**" in page) == math.isnan(bad)
+    assert ("| fd | `min_snr` | 1.85 ± 0.071, 1 not finite | 3 | unknown |" in page) == math.isnan(bad)
+    assert "| lower | 21 % (them) | unknown (unknown), 3 seeds | lower above 0 | **not decidable" in page
 
 
 def test_steps_that_were_not_reached_are_said(records):
@@ -258,7 +318,10 @@ def test_maps_of_variance_and_profiles(records):
     asked = Study("v", "V", "?", study().axes, [1], Collect(["fd"], variance_at=[0.5]))
     maps = analyses.variance_maps(asked, found, "method")
     (figure,) = maps.figures.values()
-    assert figure.axes[0].get_title() == "after 50 % of the steps"
+    assert figure.axes[0].get_title() == "after 400 of 800 steps"
     assert figure.axes[0].collections[0].get_array().tolist() == [[2.0, 4.0]] * 3
-    (figure,) = analyses.by_noise(asked, found, "gap", "method").figures.values()
+    section = analyses.by_noise(asked, found, "gap", "method", window=[0, 5])
+    assert "Over log-SNR from 0 to 5:" in section.text
+    assert "| `ddpm` | 0.200 ± " in section.text
+    (figure,) = section.figures.values()
     assert figure.axes[0].lines[0].get_ydata() == pytest.approx([0.1, 0.2])

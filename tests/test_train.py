@@ -238,6 +238,14 @@ def test_presets_of_a_study_differ_in_what_the_study_compares():
     assert hundred == ten
 
 
+@pytest.mark.parametrize("name", ["digits-edm-optimal", "cifar10-edm-optimal", "cifar10-flow-optimal"])
+def test_presets_of_the_optimal_loss_are_weighted_and_drawn_by_it(name):
+    options = preset_options(name)
+    asked = options.weight.method, options.sampler.importance, options.sampler.importance_mode
+    assert asked == ("optimal_loss", "gap", "uncorrected")
+    assert options.output.optimal_loss == "measure"
+
+
 def test_the_settings_of_the_alsr_study():
     options = preset_options("cifar10-edm")
     process, optimizer = options.process, options.optimizer

@@ -1,5 +1,6 @@
-"""Running examples/train.py in tests: as a child process that can be killed, and what must be equal between runs."""
+"""Running the training scripts in tests: as a child process that can be killed, and what must be equal between runs."""
 
+import importlib
 import multiprocessing
 import os
 import sys
@@ -16,37 +17,36 @@ TINY = [
 ]
 
 
-def main(argv, threads=1):
-    """Run train.main in this process, as the script does when launched."""
+def main(argv, threads=1, script="train"):
+    """Run a script's main in this process, as it does when launched."""
     torch.set_num_threads(threads)
     AcceleratorState._reset_state(reset_partial_state=True)  # of a run before in the same process
     sys.path.insert(0, str(EXAMPLES))
-    import train
-
+    module = importlib.import_module(script)
     try:
-        train.main(argv)
-    except train.CheckpointError as error:
+        module.main(argv)
+    except module.CheckpointError as error:
         raise SystemExit(str(error)) from None
 
 
-def start(argv, before=None, output=os.devnull):
-    """Start train.main in a child of a server that has everything imported already; what it says goes to a file."""
+def start(argv, before=None, output=os.devnull, script="train"):
+    """Start main in a child of a server that has everything imported already; what it says goes to a file."""
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training", "diffusers", "accelerate", "datasets", "snrweights.plots"])
-    process = context.Process(target=_child, args=(argv, before, str(output)))
+    process = context.Process(target=_child, args=(argv, before, str(output), script))
     process.start()
     return process
 
 
-def _child(argv, before, output):
+def _child(argv, before, output, script):
     os.setsid()  # a group of its own, so that a signal can be sent to it
     file = os.open(output, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)
     if before is not None:
         before()
-    main(argv)
+    main(argv, script=script)
 
 
 def final_state(run, step):

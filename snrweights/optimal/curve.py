@@ -36,7 +36,7 @@ class OptimalLossCurve:
             than J).
         confused: (L,) draws whose posterior leaves the source less than 0.9.
         made: what it was made from: ``data`` (SHA-256), ``points``, ``dim``, ``variance`` (the limit of J at large
-            sigma), ``groups``, ``flips``, ``scale``, ``draws``, ``seed``, ``version``.
+            sigma), ``second_moment`` (mean ||x||²), ``groups``, ``flips``, ``scale``, ``draws``, ``seed``, ``version``.
 
     Example:
         >>> x = torch.tensor([[-0.5], [0.5]])

@@ -128,7 +128,7 @@ def optimal_loss(
     tensor = as_tensor(data, workers=workers, folder=folder, report=report)
     reference = ReferenceSet(tensor, None if labels is None else torch.as_tensor(labels), flips, device, chunk)
     made = {**reference.provenance(), "draws": draws, "seed": seed, "version": __version__}
-    exact = {name: value for name, value in made.items() if name != "variance"}  # which follows from the data
+    exact = {name: value for name, value in made.items() if name not in ("variance", "second_moment")}  # of the data
     asked = {"chunk": chunk, "sigmas": levels.tolist(), "small_noise": small_noise}
     work = Work(folder, {**exact, **asked}, rank, world, reduce, report)
 

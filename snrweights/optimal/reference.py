@@ -34,6 +34,7 @@ class ReferenceSet:
         dim: numbers of a point.
         groups: of positions.
         variance: mean of ||row||².
+        second_moment: mean of ||x||², of the points as they are, not centred.
         dtype: of the rows.
 
     Raises:
@@ -96,7 +97,9 @@ class ReferenceSet:
         self._fingerprint = digest.hexdigest()
         scale = 127.5 if bytes_ else 1.0
         self.variance: float = float(squares) / len(own) / scale**2
-        self._means = ((mean + shift) / scale - (1.0 if bytes_ else 0.0)).to(self.device)
+        means = (mean + shift) / scale - (1.0 if bytes_ else 0.0)
+        self.second_moment: float = self.variance + float((count / len(own) * means.square()).sum())
+        self._means = means.to(self.device)
 
     def _with_mirror_image(self, rows: Tensor) -> Tensor:
         """Return the mean of rows and their mirror images, if those are points too."""
@@ -179,6 +182,7 @@ class ReferenceSet:
             "points": self.size,
             "dim": self.dim,
             "variance": self.variance,
+            "second_moment": self.second_moment,
             "groups": len(self.groups),
             "flips": self.flips,
             "scale": "u / 127.5 - 1" if self._data.dtype == torch.uint8 else "as given",

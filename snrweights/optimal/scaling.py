@@ -106,13 +106,18 @@ def power_law(
     explained = 1 - float(residual.square().sum()) / total if total > 0 else math.nan
     return PowerLaw(
         offset=float(offset),
-        coefficient=math.exp(log_a),
+        coefficient=_exp(log_a),
         exponent=-slope,
-        coefficient_interval=(math.exp(bounds[0][1]), math.exp(bounds[1][1])),
+        coefficient_interval=(_exp(bounds[0][1]), _exp(bounds[1][1])),
         exponent_interval=(-bounds[1][0], -bounds[0][0]),
         r_squared=explained,
         correlation=float(x @ spread) / math.sqrt(float(x @ x) * total) if total > 0 else math.nan,
     )
+
+
+def _exp(x: float) -> float:
+    """Return e^x, infinity where float64 has no room for it: bounds from three points can be that wide."""
+    return math.exp(x) if x < 709 else math.inf
 
 
 def raw_and_subtracted(

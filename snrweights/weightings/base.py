@@ -57,37 +57,55 @@ def hyper(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-class Weighting(ABC):
+class Formula:
+    """What a registry holds: a formula with its name, source and checked hyperparameters.
+
+    Attributes:
+        name: its name in the registry.
+        formula: for people.
+        source: the paper.
+        needs: hyperparameters that have no default.
+
+    Example:
+        >>> get_weighting("min_snr").formula
+        'w_x0 = min(SNR, gamma)'
+    """
+
+    name: ClassVar[str]
+    formula: ClassVar[str]
+    source: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            _check_hyperparameter(self, field)
+
+    @classmethod
+    def hyperparameters(cls) -> dict[str, Any]:
+        """Return names and defaults of the hyperparameters."""
+        return {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+
+
+class Weighting(Formula, ABC):
     """One weighting: a formula over log-SNR, on the MSE of the target in which it is simplest.
 
     Subclass it under ``@register_weighting``, declare hyperparameters with ``hyper`` and write ``log_weight``. The
     conversion table turns it into every other target.
 
     Attributes:
-        name: its name in the registry.
         target: what ``log_weight`` multiplies: a prediction type; ``"native"``, the loss's own target whatever it is;
             or ``"objective"``, where it is w_KG and the weight is w_KG / p with p the density of the draws.
         formula: for people, in w_eps, w_x0 or w_KG.
-        source: the paper.
         rule: of ``ImportanceSampler``, by which timesteps are best drawn for it where it has no density of its own.
-        needs: hyperparameters that have no default.
 
     Example:
         >>> get_weighting("min_snr").target, get_weighting("min_snr").hyperparameters()
         ('sample', {'gamma': 5.0})
     """
 
-    name: ClassVar[str]
     target: ClassVar[str]
-    formula: ClassVar[str]
-    source: ClassVar[str]
     refuses_infinities: ClassVar[bool] = True
     rule: ClassVar[str | None] = None
-    needs: ClassVar[tuple[str, ...]] = ()
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            _check_hyperparameter(self, field)
 
     @abstractmethod
     def log_weight(self, log_snr: Tensor) -> Tensor:
@@ -121,11 +139,6 @@ class Weighting(ABC):
     def bound_to(self, curve: WeightCurve, schedule: Schedule, weights: Tensor) -> BoundWeighting:
         """Return what ``bind`` returns: the curve, checked, with its values on the schedule's grid."""
         return BoundWeighting(curve, schedule, weights)
-
-    @classmethod
-    def hyperparameters(cls) -> dict[str, Any]:
-        """Return names and defaults of the hyperparameters."""
-        return {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
 
     def over_log_snr(
         self,
@@ -223,6 +236,7 @@ class CallableWeighting(Weighting):
 
 _REGISTRY: dict[str, type[Weighting]] = {}
 W = TypeVar("W", bound=type[Weighting])
+F = TypeVar("F", bound=Formula)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(hyper,))
@@ -254,15 +268,33 @@ def register_weighting(
     """
     if target not in ("native", "objective"):
         check_prediction_type(target)
+    return register(registry, name, target=target, formula=formula, source=source)
+
+
+def register(registry: dict[str, type[F]], name: str, **attributes: Any) -> Callable[[Any], Any]:
+    """Return the decorator that makes a class a frozen dataclass and puts it into ``registry`` under ``name``.
+
+    Raises:
+        ValueError: the name is taken.
+
+    Example:
+        >>> registry = {}
+        >>> @register(registry, "doctest_half", formula="w = 1/2")
+        ... class Half(Formula):
+        ...     value: float = hyper(0.5, above=0)
+        >>> registry["doctest_half"](0.25), Half.formula
+        (Half(value=0.25), 'w = 1/2')
+    """
     if name in registry:
         raise ValueError(f"Weighting {name!r} is registered already, as {registry[name].__name__}.")
 
-    def register(cls: W) -> W:
-        cls.name, cls.target, cls.formula, cls.source = name, target, formula, source
+    def decorator(cls: Any) -> Any:
+        for key, value in {"name": name, **attributes}.items():
+            setattr(cls, key, value)
         registry[name] = dataclass(frozen=True)(cls)
-        return registry[name]  # type: ignore[return-value]
+        return registry[name]
 
-    return register
+    return decorator
 
 
 def list_weightings() -> list[str]:
@@ -307,7 +339,7 @@ def get_weighting(method: str | Weighting | Callable[[Tensor], Tensor], **hp: An
     raise TypeError(f"`method` must be a name in {list_weightings()}, a Weighting or a function, got {method!r}.")
 
 
-def build(registry: dict[str, type[Weighting]], name: str, hp: dict[str, Any]) -> Weighting:
+def build(registry: dict[str, type[F]], name: str, hp: dict[str, Any]) -> F:
     """Instantiate ``registry[name](**hp)`` with messages that name the choices."""
     if name not in registry:
         raise ValueError(f"Unknown weighting {name!r}; choose one of {list(registry)}.")
@@ -327,7 +359,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _check_hyperparameter(owner: Weighting, field: dataclasses.Field[Any]) -> None:
+def _check_hyperparameter(owner: Formula, field: dataclasses.Field[Any]) -> None:
     value, choices = getattr(owner, field.name), field.metadata.get("choices")
     above, below = field.metadata.get("above"), field.metadata.get("below")
     what = f"`{type(owner).__name__}({field.name}=...)`"
