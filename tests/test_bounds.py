@@ -1,5 +1,6 @@
 """Reweighted losses as bounds: closed forms, enumeration in one dimension, and what is refused."""
 
+import dataclasses
 import json
 import math
 import re
@@ -443,6 +444,9 @@ def test_the_elbo_is_the_sum_of_its_terms_and_its_gap_is_the_last_bound():
     assert found.bits_per_dim() == pytest.approx((-elbo / (9 * math.log(2)), stderr / (9 * math.log(2))))
     assert found.information == pytest.approx(math.log(40), abs=3 * found.information_stderr + 1e-3)
     assert -elbo - found.information - found.decoder == pytest.approx(found.gap()[0])
+    gap_stderr = found.gap()[1]
+    uncertain = dataclasses.replace(found, information_stderr=2 * gap_stderr)
+    assert uncertain.elbo() == pytest.approx((elbo, math.sqrt(5) * gap_stderr))
     assert cascade(gap, curve, "linear", data=PIXELS.double()).elbo() is None
 
 
@@ -540,6 +544,18 @@ def test_levels_are_by_default_what_curve_and_schedule_reach():
     assert isinstance(found, Cascade)
     assert found.range == pytest.approx((-2 * math.log(10), 6.0))
     assert len(found.log_snr) == 33
+
+
+NOISE = torch.linspace(-1, 1, 64, dtype=torch.float64)
+
+
+def test_the_tables_error_has_the_draws_and_the_levels_spacing():
+    losses = losses_on_line(ON_LINE[::32])[0][:, None] * (1 + 0.1 * NOISE)
+    found = cascade(losses, LINE, "flow", log_snr=ON_LINE[::32])
+    bound = found.improved_bound("sigmoid")
+    both = math.hypot(bound.stderr, bound.spacing_error)
+    assert f"{both:.1g}" not in (f"{bound.stderr:.1g}", f"{bound.spacing_error:.1g}")
+    assert f"{bound.nats:.5g} ± {both:.1g} |" in table(found, {"sigmoid": bound})
 
 
 def test_the_table_the_json_and_the_figure_are_by_name_and_say_what_it_is():

@@ -123,6 +123,9 @@ def run(tmp_path_factory):
 
 def test_the_elbo_and_distances_are_logged_over_steps(run):
     assert set(lines(run, "negative_elbo")) == {2, 4, 5}
+    for name in ("", "_standard_error"):
+        nats, bits = lines(run, f"negative_elbo{name}"), lines(run, f"bits_per_dim{name}")
+        assert bits == pytest.approx({step: value / (64 * math.log(2)) for step, value in nats.items()})
     assert set(lines(run, "fd_pixels_6")) == {2, 3, 5}
     assert set(lines(run, "loss")) == {2, 4, 5}
     assert len(set(lines(run, "fd_pixels_6").values())) == 3
