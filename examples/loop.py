@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,6 +57,16 @@ def load_data(options: Any) -> tuple[Subset[Any], Subset[Any]]:
         raise SystemExit(str(error)) from None
 
 
+def check_launch(accelerator: Accelerator) -> None:
+    """Refuse processes that do not know of each other: they would train apart, into one folder."""
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise SystemExit(
+            f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}: without a GPU, set "
+            "ACCELERATE_USE_CPU=true or give `accelerate launch` --cpu."
+        )
+
+
 def train(options: Any, begin: Begin[T], finish: Finish[T]) -> T:
     """Train as the options say; return the trainer.
 
@@ -73,6 +84,7 @@ def train(options: Any, begin: Begin[T], finish: Finish[T]) -> T:
         log_with="tensorboard",
         project_dir=output,
     )
+    check_launch(accelerator)
     main_process = accelerator.is_main_process
     commit = commit_of(Path(__file__).parent) if main_process else None  # now: the files may change during a long run
     global_batch = settings.train_batch_size * accelerator.num_processes

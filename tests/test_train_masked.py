@@ -260,6 +260,16 @@ def test_what_is_wrong_is_said(tmp_path, argv, said):
         train(tmp_path / "run", *TINY, *argv)
 
 
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
+    """As torchrun starts them where there is no GPU, without ACCELERATE_USE_CPU."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        SystemExit, match=r"2 processes were launched, but accelerate sees 1: .*ACCELERATE_USE_CPU=true"
+    ):
+        train(tmp_path / "run", *TINY)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_dry_run_touches_everything_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     """Of ImageNet-64 with a smaller transformer: the whole one takes minutes on a CPU."""
     monkeypatch.chdir(tmp_path)
