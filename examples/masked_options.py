@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from options import COMMON_BOUNDS, DataOptions, OptimizerOptions, OutputOptions, RunOptions, check_bounds
+from options import (
+    COMMON_BOUNDS,
+    DataOptions,
+    NetworkOptions,
+    OptimizerOptions,
+    OutputOptions,
+    RunOptions,
+    check_bounds,
+)
 
 ScheduleName = Literal["linear", "cosine", "polynomial"]
 
@@ -27,7 +35,7 @@ class TokenOptions(DataOptions):
 
 
 @dataclass
-class TransformerOptions:
+class TransformerOptions(NetworkOptions):
     """The transformer over squares of pixels."""
 
     patch_size: int = 1
@@ -40,14 +48,6 @@ class TransformerOptions:
     """Of attention."""
     dropout: float = 0.0
     """In attention and after each half of a block."""
-    num_classes: int = 0
-    """Condition on that many classes; 0: unconditional."""
-    class_dropout: float = 0.1
-    """Share of training labels replaced by none, for guidance."""
-    gradient_checkpointing: bool = False
-    """Less memory for more computation."""
-    compile: bool = False
-    """torch.compile."""
 
 
 @dataclass

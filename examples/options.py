@@ -52,7 +52,21 @@ class DataOptions:
 
 
 @dataclass
-class ModelOptions:
+class NetworkOptions:
+    """What every network has."""
+
+    num_classes: int = 0
+    """Condition on that many classes; 0: unconditional."""
+    class_dropout: float = 0.1
+    """Share of training labels replaced by none, for guidance."""
+    gradient_checkpointing: bool = False
+    """Less memory for more computation."""
+    compile: bool = False
+    """torch.compile."""
+
+
+@dataclass
+class ModelOptions(NetworkOptions):
     """The UNet (diffusers' UNet2DModel)."""
 
     block_out_channels: tuple[int, ...] = (128, 256, 256, 256)
@@ -63,14 +77,6 @@ class ModelOptions:
     """Which levels have attention."""
     dropout: float = 0.0
     """In residual blocks."""
-    num_classes: int = 0
-    """Condition on that many classes; 0: unconditional."""
-    class_dropout: float = 0.1
-    """Share of training labels replaced by none, for guidance."""
-    gradient_checkpointing: bool = False
-    """Less memory for more computation."""
-    compile: bool = False
-    """torch.compile."""
 
 
 @dataclass
