@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from base_trainer import BaseTrainer
 from evaluation import Evaluator
 from options import FREE
-from snrweights.integrations.checkpoint import Checkpoints, StopSignal
+from snrweights.integrations.checkpoint import CheckpointError, Checkpoints, StopSignal
 from snrweights.integrations.clock import Clock
 from snrweights.integrations.config import changed_options, save_options
 from snrweights.integrations.data import ImageTensors, SeededBatches, detach_worker, load_images, split
@@ -31,12 +31,15 @@ Finish = Callable[[T, MetricsLog], dict[str, Any]]
 
 def run_or_try(options: Any, begin: Begin[T], finish: Finish[T]) -> None:
     """Train as the options say, or touch every part once and say what the run would cost."""
-    if options.run.dry_run:
-        with shrink(options) as small:
-            trainer = train(small, begin, finish)
-            print(what_it_costs(options, trainer))
-    else:
-        train(options, begin, finish)
+    try:
+        if options.run.dry_run:
+            with shrink(options) as small:
+                trainer = train(small, begin, finish)
+                print(what_it_costs(options, trainer))
+        else:
+            train(options, begin, finish)
+    except CheckpointError as error:
+        raise SystemExit(str(error)) from error
 
 
 def load_data(options: Any) -> tuple[Subset[Any], Subset[Any]]:
@@ -51,10 +54,7 @@ def load_data(options: Any) -> tuple[Subset[Any], Subset[Any]]:
         rows = stand_in(data.image_column, data.label_column, data.resolution, data.channels, options.model.num_classes)
     labels = data.label_column if options.model.num_classes else None
     images = ImageTensors(rows, data.image_column, data.resolution, data.channels, labels, options.model.num_classes)
-    try:
-        return split(images, data.validation_images, options.run.seed)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+    return split(images, data.validation_images, options.run.seed)
 
 
 def check_launch(accelerator: Accelerator) -> None:
@@ -62,8 +62,8 @@ def check_launch(accelerator: Accelerator) -> None:
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
         raise SystemExit(
-            f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}: without a GPU, set "
-            "ACCELERATE_USE_CPU=true or give `accelerate launch` --cpu."
+            f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}: without a GPU, use "
+            "`ACCELERATE_USE_CPU=true torchrun`."
         )
 
 
@@ -91,8 +91,11 @@ def train(options: Any, begin: Begin[T], finish: Finish[T]) -> T:
     saved = output / "config.yaml"
     if saved.exists() and not (options.run.resume or options.run.overwrite):
         raise SystemExit(f"{output} holds a run: go on with --resume latest, begin anew with --overwrite.")
-    data, held_out = load_data(options)
-    trainer, evaluator = begin(options, accelerator, data)
+    try:
+        data, held_out = load_data(options)
+        trainer, evaluator = begin(options, accelerator, data)
+    except (ValueError, ImportError) as error:  # an option that cannot be, or wants an extra: it says so
+        raise SystemExit(str(error)) from error
     options = trainer.options  # where something was measured, they have it
     checkpoints = Checkpoints(output / "checkpoints", options.output.checkpoints_total_limit, accelerator)
 

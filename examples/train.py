@@ -18,7 +18,6 @@ from accelerate.utils import broadcast_object_list
 from evaluation import Evaluator, ImageEvaluator
 from loop import run_or_try
 from options import Options, check_options
-from snrweights.integrations.checkpoint import CheckpointError
 from snrweights.integrations.config import parse_options
 from snrweights.integrations.floor import FILE, floor_of
 from snrweights.integrations.processes import PROCESSES
@@ -98,7 +97,4 @@ def finish(trainer: Trainer, log: MetricsLog) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except CheckpointError as error:
-        raise SystemExit(str(error)) from None
+    main()

@@ -14,7 +14,6 @@ from evaluation import Evaluator
 from loop import run_or_try
 from masked_options import Options, check_options
 from masked_trainer import MaskedTrainer, TokenEvaluator
-from snrweights.integrations.checkpoint import CheckpointError
 from snrweights.integrations.config import parse_options
 from snrweights.integrations.results import MetricsLog
 from torch.utils.data import Subset
@@ -45,7 +44,4 @@ def finish(trainer: MaskedTrainer, log: MetricsLog) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except CheckpointError as error:
-        raise SystemExit(str(error)) from None
+    main()

@@ -256,16 +256,14 @@ def test_it_learns(tmp_path):
     ],
 )
 def test_what_is_wrong_is_said(tmp_path, argv, said):
-    with pytest.raises((SystemExit, ValueError), match=said):
+    with pytest.raises(SystemExit, match=said):
         train(tmp_path / "run", *TINY, *argv)
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
     """As torchrun starts them where there is no GPU, without ACCELERATE_USE_CPU."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(
-        SystemExit, match=r"2 processes were launched, but accelerate sees 1: .*ACCELERATE_USE_CPU=true"
-    ):
+    with pytest.raises(SystemExit, match=r"2 processes were launched, but accelerate sees 1: .*ACCELERATE_USE_CPU"):
         train(tmp_path / "run", *TINY)
     assert not (tmp_path / "run").exists()
 
@@ -461,4 +459,4 @@ def test_the_guide_has_every_flag_with_its_meaning():
                 flag, default = field.target.id.replace("_", "-"), ast.literal_eval(field.value)
                 default = " " if default == "" else default
                 assert f"| `--{flag}` | `{default}` | {said} |" in guides
-    assert found == 23
+    assert found == 19

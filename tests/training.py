@@ -24,11 +24,7 @@ def main(argv, threads=1, script="train"):
     torch.set_num_threads(threads)
     AcceleratorState._reset_state(reset_partial_state=True)  # of a run before in the same process
     sys.path.insert(0, str(EXAMPLES))
-    module = importlib.import_module(script)
-    try:
-        module.main(argv)
-    except module.CheckpointError as error:
-        raise SystemExit(str(error)) from None
+    importlib.import_module(script).main(argv)
 
 
 def start(argv, before=None, output=os.devnull, script="train"):
