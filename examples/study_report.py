@@ -94,7 +94,8 @@ def page(
         "## How it was made\n",
         f"    {command}\n\n    {command} --analyse\n",
         f"The second redraws everything from `runs.jsonl`. {len(records)} runs, seeds {listed(facts['seeds'])}, "
-        f"{facts['hours']:.1f} hours of training in all with {listed(facts['threads'])} threads each; "
+        f"{facts['hours']:.1f} hours by the clock, added up over runs, with whatever else the machine did; "
+        f"threads of a run: {listed(facts['threads'])}; "
         f"commits {listed(map(short, facts['commits']))}; "
         f"{listed(f'{name} {version}' for name, version in facts['versions'])}.\n",
     ]
