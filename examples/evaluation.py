@@ -39,7 +39,10 @@ class Evaluator(ABC, Generic[T]):
         self.during = sorted(set(output.evaluation_samples or (output.num_samples,)))
         self.at_the_end = sorted({output.num_samples, *(self.during if output.evaluation_steps else ())})
         if self.at_the_end[-1] > len(data):
-            raise SystemExit(f"{self.at_the_end[-1]} samples are to be compared with as many of {len(data)} images.")
+            raise SystemExit(
+                f"{self.at_the_end[-1]} samples are to be compared with as many of {len(data)} images: give fewer by "
+                "`--num-samples` and `--evaluation-samples`."
+            )
         self.made = {name: getattr(output, name) for name in self.how}
         with torch.random.fork_rng(devices=()):  # networks of features are drawn before their weights are read
             self.comparison = Comparison(

@@ -11,7 +11,7 @@ from studies import Study, known
 from study_claims import EFFECTS
 
 ANALYSIS_FIELDS = ("analysis", "where", "title")  # beside the arguments of the analysis
-CLAIM_FIELDS = ("claim", "published", "source", "effect", "where", "of", "seen")
+CLAIM_FIELDS = ("claim", "published", "source", "expected", "effect", "where", "of", "seen")
 ARMS = ("one", "other", "reference", "references", "where")
 
 

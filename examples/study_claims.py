@@ -199,6 +199,7 @@ class Judged:
         claim: its sentence.
         published: what its source reports, marked as such.
         source: where.
+        expected: what was expected here before the study, and why.
         rule: the region, as the study's file fixed it.
         percent: whether the effect is a share.
         estimate: of the effect.
@@ -208,6 +209,7 @@ class Judged:
     claim: str
     published: str
     source: str
+    expected: str
     rule: str
     percent: bool
     estimate: Estimate | None
@@ -225,6 +227,7 @@ def judge(study: Study, records: Sequence[Record]) -> list[Judged]:
                 claim=item["claim"],
                 published=str(item.get("published", "")),
                 source=item.get("source", ""),
+                expected=item.get("expected", ""),
                 rule=f"{item['effect'].replace('_', ' ')}: {region_of(item['seen'], item['effect'] in SHARES)}",
                 percent=item["effect"] in SHARES,
                 estimate=found,

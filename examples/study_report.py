@@ -112,7 +112,7 @@ def not_finite(records: Sequence[Record]) -> list[str]:
 
 
 def claims_table(judged: Sequence[Judged]) -> str:
-    """Return the claims, what is published and what was found apart."""
+    """Return the claims; what is published, what was expected and what was found apart, without empty columns."""
     rows = []
     for claim in judged:
         found = claim.estimate
@@ -121,8 +121,10 @@ def claims_table(judged: Sequence[Judged]) -> str:
             mean, around = (interval(bounds, claim.percent) for bounds in (found.mean, found.interval))
             here = f"{mean} ({around}), {len(found.seeds)} seed{'s' * (len(found.seeds) != 1)}"
         published = f"{claim.published} ({claim.source})" if claim.published else ""
-        rows.append([claim.claim, published, here, claim.rule, f"**{claim.verdict}**"])
-    return markdown(["claim", "published", "here: mean (95 %)", "seen if", "verdict"], rows)
+        rows.append([claim.claim, published, claim.expected, here, claim.rule, f"**{claim.verdict}**"])
+    head = ["claim", "published", "expected beforehand", "here: mean (95 %)", "seen if", "verdict"]
+    said = [i for i in range(len(head)) if i not in (1, 2) or any(row[i] for row in rows)]
+    return markdown([head[i] for i in said], [[row[i] for i in said] for row in rows])
 
 
 def made(records: Sequence[Record]) -> dict[str, Any]:

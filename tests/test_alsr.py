@@ -358,7 +358,7 @@ def test_bad_values_are_refused(hp, message):
 def test_a_density_without_a_mean_is_refused():
     with pytest.raises(ValueError, match=r"log-SNR has no mean under Cauchy\(.*; give `mu=`, or another density"):
         get_weighting("alsr").bind(EDM, prediction_type="edm", density=Cauchy())
-    with pytest.raises(ValueError, match="needs the density of the draws: call `bind` or `curve` first"):
+    with pytest.raises(ValueError, match="needs the density of the draws: call `bind` or `over_log_snr` first"):
         get_weighting("alsr").log_weight(torch.zeros(1))
 
 

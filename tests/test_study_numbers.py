@@ -17,7 +17,7 @@ import study_statistics as statistics
 from studies import Collect, Study
 from study_checks import check_study
 from study_records import Record
-from study_report import finite, write_report
+from study_report import claims_table, finite, write_report
 
 MODULES = ["analyses", "studies", "study_claims", "study_figures", "study_report", "study_runs", "study_statistics"]
 STEPS = (100, 200, 400, 800)
@@ -227,6 +227,13 @@ def test_the_report(records, tmp_path):
     assert not (tmp_path / "4-course.png").exists()  # nothing on cosine yet
     assert "the command --analyse" in page
     assert "seeds 1, 2, 3" in page
+
+
+def test_what_was_expected_here_is_not_among_what_is_published(records):
+    assert "expected beforehand" not in claims_table(study_claims.judge(study(claims=[claim()]), records))
+    table = claims_table(study_claims.judge(study(claims=[claim(published="", expected="half")]), records))
+    assert table.startswith("| claim | expected beforehand | here: mean (95 %) | seen if | verdict |\n")
+    assert "| Lower | half | +20 % (+20 %), 3 seeds |" in table
 
 
 def test_infinite_bounds_are_null_in_json():

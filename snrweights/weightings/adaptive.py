@@ -111,7 +111,7 @@ class ALSR(Weighting):
     def log_weight(self, log_snr: Tensor) -> Tensor:
         """Return ln(SNR + 1 / sigma_data²) + ln bump, with the fixed centre."""
         if self.mu is None:
-            raise ValueError("`ALSR(mu=None)` needs the density of the draws: call `bind` or `curve` first.")
+            raise ValueError("`ALSR(mu=None)` needs the density of the draws: call `bind` or `over_log_snr` first.")
         return self.log_weight_about(log_snr, self.mu)
 
     def log_weight_about(self, log_snr: Tensor, mu: float | Tensor) -> Tensor:

@@ -92,7 +92,8 @@ class TruncatedSNR(Weighting):
 class P2(Weighting):
     """P2: ``w_eps = (k + SNR)^-gamma``.
 
-    The official code multiplies any target by this; OneTrainer uses 2 + SNR for v (see ``snrweights.parity``).
+    The official code multiplies any target by this; OneTrainer uses 2 + SNR for v: see
+    ``snrweights.weightings.parity``.
 
     Args:
         k: SNR at which the weight starts to fall, > 0.
@@ -118,7 +119,7 @@ class Debiased(Weighting):
     """Debiased estimation: ``w_eps = 1 / √SNR``, ``w_x0 = √SNR``.
 
     kohya-ss clamps SNR at 1000 and uses 1 / (SNR + 1) for v, which is not this weight converted
-    (√SNR / (1 + SNR)); see ``snrweights.parity``.
+    (√SNR / (1 + SNR)); see ``snrweights.weightings.parity``.
 
     Source: Yu et al. 2023, "Debias the Training of Diffusion Models", arXiv 2310.08442.
 
@@ -168,7 +169,7 @@ class SD3SigmaSqrt(Weighting):
 
     train_dreambooth_sd3 preconditions its output by default, so that the scheme multiplies an x0 loss: s^-2 is then the
     plain MSE of the velocity. On a raw velocity the scripts apply the same number, which counts it twice: see
-    ``snrweights.parity``, ``diffusers_sd3_sigma_sqrt_on_velocity``.
+    ``snrweights.weightings.parity``, ``diffusers_sd3_sigma_sqrt_on_velocity``.
 
     Source: diffusers, ``compute_loss_weighting_for_sd3``; the SD3 paper is Esser et al. 2024, arXiv 2403.03206.
 

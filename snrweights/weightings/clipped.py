@@ -25,8 +25,8 @@ from snrweights.weightings.base import Weighting, build, get_weighting, hyper, r
 class MinSNR(Weighting):
     """Min-SNR: ``w_eps = min(1, gamma / SNR)``, ``w_v = min(SNR, gamma) / (SNR + 1)``, ``w_x0 = min(SNR, gamma)``.
 
-    Sources differ for v: some scripts add 1 instead of dividing by SNR + 1 (see ``snrweights.parity``). At zero
-    terminal SNR the epsilon weight is its limit, 1, where those scripts give NaN.
+    Sources differ for v: some scripts add 1 instead of dividing by SNR + 1; see ``snrweights.weightings.parity``. At
+    zero terminal SNR the epsilon weight is its limit, 1, where those scripts give NaN.
 
     Args:
         gamma: SNR above which the x0 weight is constant; > 0.
@@ -121,7 +121,7 @@ class SmoothedKL(Weighting):
     def log_weight(self, log_snr: Tensor) -> Tensor:
         """Return ln(sigma² / (sigma² + tau)) = -softplus(ln tau - ln sigma²)."""
         if self.coords == "native":
-            raise ValueError("`SmoothedKL(coords='native')` needs a schedule: call `bind` or `curve` first.")
+            raise ValueError("`SmoothedKL(coords='native')` needs a schedule: call `bind` or `over_log_snr` first.")
         return -softplus(math.log(self.tau) + log_error_ratio(_NOISE_POWER[self.coords], log_snr))
 
 

@@ -24,8 +24,8 @@ _STAR = 0.01  # of the variance: J at sigma_star
 class OptimalLoss(Weighting):
     """``w_x0 = scale min(1 / J, w_max) + N(ln sigma_hat; mu, var) 1[sigma_hat < sigma_star]``, J the floor of the data.
 
-    J is the optimal loss per dimension, the unit of a mean squared error. A model at the floor has a loss of 1 under
-    the first term wherever that is not cut off; the second adds to the cleaner levels, where J vanishes.
+    J is the optimal loss per dimension, the unit of a mean squared error. A model at the floor has the same loss,
+    ``scale``, wherever the first term is not cut off; the second adds to the cleaner levels, where J vanishes.
 
     The paper's constants are not in what this was written from. The defaults are ours: mu and var are those of EDM's
     density, and sigma_star is the smallest level of the curve at which J exceeds 1 % of its limit, the data's variance.

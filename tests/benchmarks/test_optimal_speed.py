@@ -24,7 +24,7 @@ from snrweights.optimal.reference import ReferenceSet
 from snrweights.optimal.work import Work
 from snrweights.seeds import generator
 
-BLOCK = 256  # draws of a baseline at a time, which makes it a quarter faster than 64
+BLOCK = 256  # draws of a baseline at a time, which makes naive twice as fast as 64, naive compiled by a quarter
 ROUNDS = 3
 OURS = ("float32", "float32 compiled", "uint8", "uint8 compiled")
 BASELINES = ("naive", "naive compiled")
