@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from base_trainer import BaseTrainer
 from evaluation import Evaluator
 from options import FREE
@@ -23,6 +25,8 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from snrweights.settings import parse_settings
+
+WAIT = timedelta(hours=3)  # for the main process, which alone takes distances and the optimal loss
 
 T = TypeVar("T", bound=BaseTrainer[Any])
 Begin = Callable[[Any, Accelerator, Subset[Any]], tuple[T, Evaluator[T]]]
@@ -83,6 +87,7 @@ def train(options: Any, begin: Begin[T], finish: Finish[T]) -> T:
         dynamo_backend="inductor" if options.model.compile else None,
         log_with="tensorboard",
         project_dir=output,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
     )
     check_launch(accelerator)
     main_process = accelerator.is_main_process

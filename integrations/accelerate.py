@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from snrweights.tracker_state import read_state
-from snrweights.tracking import LossVarianceTracker
+from snrweights.tracking import LossVarianceTracker, Reduce
 
 FILE = "tracker.safetensors"
 
@@ -51,14 +51,15 @@ class _Hooks:
 class Attached:
     """What ``attach_to`` returns: ``detach()`` takes the tracker off the Accelerator again."""
 
-    def __init__(self, handles: list[Any], tracker: LossVarianceTracker) -> None:
-        self._handles, self._tracker = handles, tracker
+    def __init__(self, handles: list[Any], tracker: LossVarianceTracker, reduce: Reduce | None) -> None:
+        self._handles, self._tracker, self._reduce = handles, tracker, reduce
 
     def detach(self) -> None:
-        """No longer save, load or reduce the tracker; doing so twice is no error."""
+        """No longer save or load the tracker, which sums as it did before; doing so twice is no error."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._tracker.reduce = [], None
+        if self._handles:
+            self._handles, self._tracker.reduce = [], self._reduce
 
 
 def attach_to(tracker: LossVarianceTracker, accelerator: Any, file: str = FILE) -> Attached:
@@ -93,7 +94,7 @@ def attach_to(tracker: LossVarianceTracker, accelerator: Any, file: str = FILE) 
         2
         >>> handle.detach()
     """
-    hooks = _Hooks(tracker, accelerator, file)
+    hooks, reduce = _Hooks(tracker, accelerator, file), tracker.reduce
     tracker.reduce = SumOverProcesses(accelerator)
     return Attached(
         [
@@ -101,6 +102,7 @@ def attach_to(tracker: LossVarianceTracker, accelerator: Any, file: str = FILE) 
             accelerator.register_load_state_pre_hook(hooks.load),
         ],
         tracker,
+        reduce,
     )
 
 

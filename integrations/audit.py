@@ -155,7 +155,7 @@ class Audit:
         if products is None:
             return False, None
         self._tolerance = max(self._tolerance, 8 * torch.finfo(o.dtype).eps)
-        flat = (part.detach().double().reshape(len(output.log_snr), -1) for part in (o, *products))
+        flat = (part.detach().cpu().double().reshape(len(output.log_snr), -1) for part in (o, *products))
         return True, _samples(output, self._passes, subject.audited(), *flat)
 
     def report(self) -> AuditReport:
@@ -217,16 +217,15 @@ def _samples(
     not_parallel = 1 - (hu * u).sum(1) / (hu.norm(dim=1) * u.norm(dim=1))
     off = torch.maximum(not_parallel, (along_g / curvature - 1).abs())
     entering = elements > 0
-    samples = Samples(
-        log_snr=output.log_snr.double(),
+    return Samples(
+        log_snr=output.log_snr.cpu().double(),
         weight=torch.where(entering, curvature * elements.max() * output.batch / 2, 0.0),
         off=torch.where(entering, off.nan_to_num(math.inf), 0.0),
-        part=output.part,
+        part=output.part.cpu(),
         backward=torch.full_like(elements, backward, dtype=torch.int64),
         elements=elements,
         implied=_implied(output, o - g / curvature.unsqueeze(1), u != 0, schedule, types),
     )
-    return Samples(**{name: value.cpu() for name, value in vars(samples).items()})
 
 
 def _implied(output: _Output, target: Tensor, inside: Tensor, schedule: Schedule, types: list[str]) -> Tensor:
@@ -237,11 +236,11 @@ def _implied(output: _Output, target: Tensor, inside: Tensor, schedule: Schedule
     Shape (n, hypotheses, 2), for each prediction type, for y and -y (some flow models point at the data), and for each
     scale that the input may have: as it is mixed, of unit variance, c_in x. NaN where there is no such input.
     """
-    log_snr, n = output.log_snr.double(), len(target)
+    log_snr, n = output.log_snr.cpu().double(), len(target)
     noisy = output.noisy
     if noisy is None or len(noisy) != n or noisy[0].numel() > target.shape[1]:
         noisy = torch.full((n, 1), math.nan)
-    x = noisy.double().reshape(n, -1).to(target)
+    x = noisy.cpu().double().reshape(n, -1)
     y, inside = target[:, : x.shape[1]], inside[:, : x.shape[1]]  # what follows is a learned variance
     found = []
     for kind, sign, sigma_data in itertools.product(types, (1, -1), (None, 1.0, schedule.sigma_data or 1.0)):
@@ -265,8 +264,8 @@ def _correlation(one: Tensor, other: Tensor, inside: Tensor) -> Tensor:
 
 
 _LISTENING: weakref.WeakSet[Audit] = weakref.WeakSet()
-_original: Any = None  # torch.autograd.backward while somebody listens
-_within = _measuring = False
+_original: Any = None  # what stands behind ours, as torch.autograd.backward
+_installed = _within = _measuring = False
 
 
 def measuring() -> bool:
@@ -275,16 +274,18 @@ def measuring() -> bool:
 
 
 def _listen(audit: Audit) -> None:
-    global _original
+    global _original, _installed
     _LISTENING.add(audit)
-    if torch.autograd.backward is not _listening_backward:
-        _original = torch.autograd.backward
+    # once: under the wrapper of another library ours is still called
+    if not _installed or torch.autograd.backward is _original:
+        _original, _installed = torch.autograd.backward, True
         torch.autograd.backward = _listening_backward
 
 
 def _stop_listening_to_nobody() -> None:
+    global _installed
     if not _LISTENING and torch.autograd.backward is _listening_backward:
-        torch.autograd.backward = _original
+        torch.autograd.backward, _installed = _original, False
 
 
 def _listening_backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from snrweights.densities import DENSITIES, Density
-from snrweights.drawn import default_density
+from snrweights.drawn import as_density, default_density
 from snrweights.predictions import LIMIT, convert_log_weight
 from snrweights.recognition import Recognition, depends_on_noise, recognise
 from snrweights.schedules import DiscreteSchedule, Schedule
@@ -201,7 +201,7 @@ def density_of(log_snr: Tensor, schedule: Schedule) -> str | None:
     if len(log_snr) < _ENOUGH:
         return None
     candidates: dict[str, Density] = {_UNIFORM: default_density(schedule)}
-    candidates |= {name: density() for name, density in DENSITIES.items()}  # type: ignore[operator]
+    candidates |= {name: as_density(name, schedule) for name in DENSITIES}
     near = 1.63 / math.sqrt(len(log_snr))
     distances = {name: _distance(log_snr, density) for name, density in candidates.items()}
     best = min(distances, key=lambda name: (distances[name], name != _UNIFORM))

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from snrweights.integrations.diagnose_run import add_data_and_levels, check_and_device
+from snrweights.integrations.diagnose_run import add_data_and_levels, check_and_device, folder_for
 from snrweights.integrations.files import write_text
 
 from snrweights import bounds_plots, bounds_report, plots
@@ -42,7 +42,7 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
     """Read and measure the model and its bounds; return what writes them and gives the exit code, 1 with a warning."""
     from snrweights.integrations.diagnosed import diagnosed
 
-    device = check_and_device(arguments)
+    device, folder = check_and_device(arguments), folder_for(arguments.output, "bounds.png")
     methods = {text: parse_method(text) for text in arguments.methods}
     for name, hp in methods.values():
         if not needed_by(name):  # a wrong name is said before anything is measured
@@ -52,7 +52,7 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
     model = found.model
     whole = cascade(found.gap, found.curve, model.schedule, data=found.images, prediction_type=model.prediction_type)
     bounds = {text: whole.improved_bound(name, density=arguments.density, **hp) for text, (name, hp) in methods.items()}
-    return lambda: _write(whole, bounds, found.gap.warnings(), Path(arguments.output))
+    return lambda: _write(whole, bounds, found.gap.warnings(), folder)
 
 
 def _write(whole: Cascade, bounds: dict[str, ImprovedBound], warnings: list[str], folder: Path) -> int:

@@ -152,4 +152,5 @@ def with_prediction(output: Any, prediction: Tensor) -> Any:
         key = next(iter(output))
         output[key] = with_prediction(output[key], prediction)
         return output
-    return type(output)((with_prediction(output[0], prediction), *output[1:]))
+    parts = (with_prediction(output[0], prediction), *output[1:])
+    return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)

@@ -68,17 +68,26 @@ def check_and_device(arguments: argparse.Namespace) -> str:
     return arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def folder_for(output: str, figure: str) -> Path:
+    """Return the folder of the results; what stands in the way of them is said before all is measured, not after."""
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`--output` {output!r} is not a folder.")
+    plots.check_format(folder / figure)
+    return folder
+
+
 def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
     """Read and measure all models; return what writes the results and gives the exit code, 1 with a warning."""
     from snrweights.integrations.diagnosed import diagnosed
 
-    device = check_and_device(arguments)
+    device, folder = check_and_device(arguments), folder_for(arguments.output, "gap.png")
     paths = [Path(model).expanduser().resolve() for model in arguments.models]
     found = [
         diagnosed(path, name, arguments, device, arguments.unit).gap
         for path, name in zip(paths, names(paths), strict=True)
     ]
-    return lambda: _write(found, Path(arguments.output), arguments.unit)
+    return lambda: _write(found, folder, arguments.unit)
 
 
 def _write(found: list[ModelGap], folder: Path, unit: str) -> int:

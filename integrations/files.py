@@ -10,5 +10,5 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write ``text`` aside and rename it into place."""
     path = Path(path)
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
+    aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)

@@ -48,9 +48,10 @@ class LiveWeighting:
         _LIVE[self._key] = self
 
     def _bind(self) -> None:
-        self.schedule = self._seen_by_model(as_schedule(self.scheduler))
-        weighting = self.weighting
-        self.bound: BoundWeighting | None = weighting.bind(self.schedule, **self.options) if weighting else None
+        schedule = self._seen_by_model(as_schedule(self.scheduler))
+        bound = self.weighting.bind(schedule, **self.options) if self.weighting else None
+        self.schedule: Schedule = schedule  # both, or none where the weight cannot be bound
+        self.bound: BoundWeighting | None = bound
 
     def refresh(self) -> None:
         """Bind again if the scheduler's table or config is another than before.
@@ -66,8 +67,8 @@ class LiveWeighting:
     def _refresh(self) -> None:
         state = state_of(self.scheduler)
         if not same_state(self._state, state):
-            self._state = state
             self._bind()
+            self._state = state
 
     @property
     def output_type(self) -> str | None:

@@ -6,6 +6,7 @@ Each is given by its quantile function, from a uniform u in (0, 1) to log-SNR, a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -311,6 +312,14 @@ DENSITIES = {
     "logistic": Logistic,
     "cauchy": Cauchy,
     "mode": Mode,
+}
+
+# those of a flow's time, which a shift k moves after the draw: log-SNR falls by 2 ln k
+SHIFTED: dict[str, Callable[[float], Density]] = {
+    "cosmap": lambda k: Cosine(2 * math.log(1 / k)),
+    "flow_uniform": FlowUniform,
+    "logit_normal": lambda k: logit_normal(shift=k),
+    "mode": lambda k: Mode(shift=k),
 }
 
 

@@ -10,7 +10,7 @@ from functools import cached_property, singledispatch
 import torch
 from torch import Tensor
 
-from snrweights.densities import DENSITIES, Cosine, Density, FlowUniform, exact, log_normal_sigma
+from snrweights.densities import DENSITIES, SHIFTED, Cosine, Density, FlowUniform, exact, log_normal_sigma
 from snrweights.schedules import CosineSchedule, DiscreteSchedule, EDMSchedule, FlowSchedule, Schedule
 
 
@@ -118,15 +118,24 @@ def _(schedule: EDMSchedule) -> Density:
 def as_density(density: Density | str | None, schedule: Schedule) -> Density:
     """Return a density from itself, its name (with default parameters) or None (the schedule's own).
 
+    By name, a density of a flow's time is that of the time before the schedule's shift, as diffusers' scripts draw it:
+    what they index is the shifted table.
+
     Raises:
         ValueError: unknown name.
         TypeError: neither of the three.
+
+    Example:
+        >>> as_density("logit_normal", FlowSchedule(shift=3.0))
+        Normal(mean=-2.1972245773362196, std=2.0)
     """
     if density is None:
         return default_density(schedule)
     if isinstance(density, str):
         if density not in DENSITIES:
             raise ValueError(f"Unknown density {density!r}; choose one of {list(DENSITIES)}.")
+        if isinstance(schedule, FlowSchedule) and density in SHIFTED:
+            return SHIFTED[density](schedule.shift)
         return DENSITIES[density]()  # type: ignore[operator]
     if isinstance(density, Density):
         return density

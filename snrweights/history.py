@@ -33,6 +33,7 @@ class LossHistory:
         tensor([2.5000, 4.0000], dtype=torch.float64)
     """
 
+    @torch.inference_mode(False)  # whoever makes or moves it in inference mode: it is written into outside
     def __init__(self, edges: Tensor, length: int = 10, *, reduce: Reduce | None = None) -> None:
         if length < 1:
             raise ValueError(f"`length` must be >= 1, got {length}.")
@@ -65,6 +66,7 @@ class LossHistory:
         self._losses[torch.where(stays, place, bins), slot] = loss.to(self.edges)[order]
         self._seen.index_add_(0, place, torch.ones_like(place))
 
+    @torch.inference_mode(False)
     def _move(self, device: torch.device) -> None:
         if self.edges.device != device:
             dtype = exact_dtype(device)
@@ -103,6 +105,7 @@ class LossHistory:
         state = {"edges": self.edges, "losses": self._losses, "seen": self._seen, "moments": self._moments}
         return {name: value.detach().cpu().clone() for name, value in state.items()}
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over a state.
 

@@ -42,7 +42,8 @@ def loss_weight(
         t: timesteps as the model is given them, shape (B,) or (): an index for discrete schedules,
             ``sigma * num_train_timesteps`` for flow, sigma for ``EDMSchedule``, 0.25 ln sigma for EDM schedulers.
         schedule: a diffusers scheduler, an ``alphas_cumprod`` table, a schedule or its name; see ``as_schedule``.
-        method: name of a weighting (``list_weightings()``), a ``Weighting``, or a function w_eps(log_snr).
+        method: name of a weighting (``list_weightings()``), a ``Weighting``, or a function w_eps(log_snr): define it
+            outside of the loop, a new one is bound anew.
         prediction_type: the target whose plain MSE the loss equals: ``epsilon``, ``sample``, ``v_prediction``,
             ``flow_prediction`` or ``edm``; default: what the scheduler states.
         density: density over log-SNR that t is really drawn from; default: uniform over the timesteps.
@@ -55,8 +56,9 @@ def loss_weight(
         Weights of shape (B,), or () for a single t.
 
     Raises:
-        ValueError: a bad argument, NaN or a value outside the schedule in a float t, an infinite weight, or a weighting
-            that depends on the batch, which is to be bound.
+        ValueError: a bad argument, NaN or a value outside the schedule in a t that is not an index (on the CPU;
+            elsewhere its weight is NaN), an infinite weight, or a weighting that depends on the batch, which is to be
+            bound.
         IndexError: t outside a discrete schedule.
         TypeError: t is not a tensor or number, or the schedule cannot be read.
 
@@ -89,8 +91,8 @@ def loss_weight(
             _cache.popitem(last=False)
     _cache.move_to_end(key)
     bound = entry[2]
-    if t.is_floating_point() or not isinstance(bound.schedule, DiscreteSchedule):
-        bound.schedule.check(t)
+    if t.device.type == "cpu" and (t.is_floating_point() or not isinstance(bound.schedule, DiscreteSchedule)):
+        bound.schedule.check(t)  # on a device it would wait for it, in every step: there such a t gives NaN
     return bound(t)
 
 

@@ -42,7 +42,7 @@ _ALPHA_SIGMA: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
 
 
 def add_noise(x0: Tensor, noise: Tensor, log_snr: Tensor, coords: Coordinates = "vp") -> Tensor:
-    """Return ``alpha x0 + sigma noise``, shape and dtype of ``x0`` (B, ...); ``log_snr`` (B,).
+    """Return ``alpha x0 + sigma noise``, shape of ``x0`` (B, ...) and its dtype, if the noise has it; ``log_snr`` (B,).
 
     Example:
         >>> add_noise(torch.ones(1, 2), torch.zeros(1, 2), torch.zeros(1), "flow")

@@ -168,15 +168,19 @@ class DiscreteSchedule:
 
 
 def lookup(table: Tensor, t: Tensor) -> Tensor:
-    """Read ``table`` (T,) at ``t``: a gather for integers; for floats linear interpolation, exact at infinite ends."""
+    """Read ``table`` (T,) at ``t``: a gather for integers; for floats linear interpolation, exact at infinite ends.
+
+    A float outside of the table, or NaN, gives NaN.
+    """
     if not t.is_floating_point():
         return table.index_select(0, t) if t.ndim == 1 else table.index_select(0, t.flatten()).reshape(t.shape)
-    low = t.floor().clamp(0, len(table) - 1)
+    low = t.floor().nan_to_num().clamp(0, len(table) - 1)
     fraction = (t - low).to(table.dtype).clamp(0, 1)
     i = low.long().flatten()
     left = table.index_select(0, i).reshape(t.shape)
     right = table.index_select(0, (i + 1).clamp(max=len(table) - 1)).reshape(t.shape)
-    return torch.where(fraction == 0, left, left + fraction * (right - left))
+    value = torch.where((fraction == 0) | left.isinf(), left, left + fraction * (right - left))
+    return torch.where((t >= 0) & (t <= len(table) - 1), value, torch.nan)
 
 
 def _linear(steps: int, start: float, end: float) -> Tensor:

@@ -142,11 +142,12 @@ class LossStatistics:
             1.0
         """
         values: dict[str, float] = {}
-        for row in self.rows():
+        centres = self.centres.tolist()
+        digits = next((d for d in range(1, 17) if len({f"{at:.{d}f}" for at in centres}) == len(centres)), 17)
+        for centre, row in zip(centres, self.rows(), strict=True):
             if row["count"]:
-                centre = (row["low"] + row["high"]) / 2
-                values[f"{prefix}/mean_at_{centre:.1f}"] = row["mean"]
-                values[f"{prefix}/std_at_{centre:.1f}"] = math.sqrt(row["variance"])
+                values[f"{prefix}/mean_at_{centre:.{digits}f}"] = row["mean"]
+                values[f"{prefix}/std_at_{centre:.{digits}f}"] = math.sqrt(row["variance"])
         if values:
             values[f"{prefix}/variance_within"], values[f"{prefix}/variance_between"] = self.total_variance()
         return values

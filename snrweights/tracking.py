@@ -103,6 +103,7 @@ class LossVarianceTracker:
     def __repr__(self) -> str:
         return f"LossVarianceTracker({_describe(self.edges)}, unit={self.unit!r})"
 
+    @torch.inference_mode(False)  # whoever reads it in inference mode: it is counted into outside
     def _zeros(self) -> Tensor:
         return torch.zeros(len(ROWS), len(self.edges) - 1, dtype=self.edges.dtype, device=self.edges.device)
 
@@ -160,6 +161,7 @@ class LossVarianceTracker:
             elif len(self._marks) < _MOST_SNAPSHOTS:
                 self._marks.append(self._pending.clone())
 
+    @torch.inference_mode(False)
     def _move(self, device: torch.device) -> None:
         dtype = exact_dtype(device)
         self.edges = self.edges.to(device, dtype)

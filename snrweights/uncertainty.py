@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from snrweights.files import save_tensors
 from snrweights.seeds import generator
 
 _REACH = 20.0  # log-SNR, beyond which a noise level is taken for the last one: there is nothing there to tell apart
@@ -74,11 +74,8 @@ class LearnedUncertainty(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights and settings as safetensors, aside and then renamed."""
-        path = Path(path)
-        aside = path.with_name(path.name + ".tmp")
-        state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        save_file(state, aside, metadata={name: repr(getattr(self, name)) for name in _SETTINGS})
-        os.replace(aside, path)
+        state = {name: value.detach().cpu() for name, value in self.state_dict().items()}
+        save_tensors(path, state, {name: repr(getattr(self, name)) for name in _SETTINGS})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LearnedUncertainty:

@@ -93,3 +93,15 @@ def test_what_is_logged_is_what_was_seen(monkeypatch):
     assert step == 7
     assert values["loss_by_noise/mean_at_-0.5"] == 2
     assert values["loss_by_noise/std_at_-0.5"] == 1
+
+
+def test_detached_it_sums_as_it_did_before():
+    def reduce(tensor):
+        return 2 * tensor
+
+    tracker = LossVarianceTracker(reduce=reduce)
+    handle = attach_to(tracker, Accelerator(cpu=True))
+    assert isinstance(tracker.reduce, SumOverProcesses)
+    handle.detach()
+    handle.detach()
+    assert tracker.reduce is reduce

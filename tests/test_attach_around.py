@@ -214,3 +214,13 @@ def test_a_timestep_that_waits_is_noticed():
     attach(model, DDPMScheduler(), timestep=lambda sample, t: [t[0].item()])
     with pytest.raises(AssertionError, match="it waits for the device"), NoHostSync():
         model(X, T)
+
+
+def test_a_scheduler_that_cannot_be_weighed_any_more_stays_an_error():
+    scheduler, model = DDPMScheduler(), denoiser()
+    attach(model, scheduler, "debiased", prediction_type="epsilon")
+    zero = DDPMScheduler(rescale_betas_zero_snr=True)
+    scheduler.alphas_cumprod, scheduler.betas = zero.alphas_cumprod, zero.betas
+    for _ in range(2):
+        with pytest.raises(ValueError, match="not finite at t = 999"):
+            model(X, INDICES)

@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import re
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 from snrweights.integrations.attachment import attachments
+from snrweights.integrations.denoisers import with_prediction
 
 from snrweights.densities import FlowUniform
 
@@ -237,3 +239,13 @@ def test_repr_before_and_after_detach():
     assert repr(handle) == f"<attached {rest}"
     handle.detach()
     assert repr(handle) == f"<detached {rest}"
+
+
+def test_a_named_tuple_stays_one():
+    class Output(NamedTuple):
+        sample: torch.Tensor
+        extra: str
+
+    found = with_prediction(Output(torch.zeros(1), "more"), torch.ones(1))
+    assert found == Output(torch.ones(1), "more")
+    assert isinstance(found, Output)

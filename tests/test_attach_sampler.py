@@ -649,3 +649,17 @@ def test_a_compiled_model_that_nothing_was_drawn_for_is_an_error():
     model = torch.compile(inner, backend="aot_eager")
     with pytest.raises(ValueError, match=r"inside DDPMScheduler.add_noise, and the script has not called it"):
         model(X0, own_draw())
+
+
+def test_timesteps_of_several_batches_drawn_at_once():
+    """Rows of one tensor share its memory, and each is a draw of its own."""
+    scheduler, model = ddpm(), denoiser()
+    drawn = torch.full((3, ROWS), -1)
+    with attach(model, scheduler, "min_snr", sampler=TimestepSampler(scheduler, seed=0)):
+        for t in drawn.unbind(0):
+            noisy = scheduler.add_noise(X0, NOISE, t)
+            again = t.clone()
+            torch.testing.assert_close(scheduler.add_noise(X0, NOISE, t), noisy)  # drawn once
+            assert torch.equal(t, again)
+            (model(noisy, t) - NOISE).square().mean().backward()
+    assert bool((drawn >= 0).all())

@@ -483,3 +483,35 @@ def test_densities_are_told_apart():
     assert density_of(schedule.log_snr(u[::4]), schedule) is None  # too few to say
     linear = as_schedule("linear")
     assert density_of(linear.log_snr(torch.arange(0, 1000, 3)), linear) == "uniform over the schedule's timesteps"
+
+
+def test_a_density_of_time_is_told_on_a_shifted_flow():
+    u = (torch.arange(400) + 0.5) / 400
+    schedule = snrweights.FlowSchedule(shift=3.0)
+    assert density_of(snrweights.densities.logit_normal(shift=3.0).icdf(u), schedule) == "logit_normal"
+
+
+def test_another_library_that_wraps_backward_meanwhile():
+    """Its wrapper calls ours, which must not take it for the original."""
+    scheduler, step = epsilon()
+    plain, calls = torch.autograd.backward, []
+    first, second = Model(), Model()
+    handle = attach(first, scheduler, "min_snr", timestep=second_argument, audit=2)
+    ours = torch.autograd.backward
+
+    def theirs(*args, **kwargs):
+        calls.append(1)
+        ours(*args, **kwargs)
+
+    torch.autograd.backward = theirs
+    try:
+        handle.detach()
+        with attach(second, scheduler, "min_snr", timestep=second_argument, audit=2) as other:
+            step(second, torch.Generator().manual_seed(0)).backward()
+            assert len(other.audit.weight) == B
+        assert calls == [1]
+    finally:
+        torch.autograd.backward = ours
+    with attach(first, scheduler, "min_snr", timestep=second_argument, audit=2):
+        pass
+    assert torch.autograd.backward is plain

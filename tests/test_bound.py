@@ -217,7 +217,7 @@ CHOICES = list_weightings()
         (
             {"method": lambda log_snr: -log_snr.exp()},
             ValueError,
-            "Weighting 'callable' for prediction_type 'epsilon' is not",
+            "The callable `method` must return weights >= 0, got -",
         ),
     ],
 )

@@ -92,6 +92,12 @@ def test_a_curve_of_other_data_is_found_out(runs, tmp_path, capsys):
     assert "Something does not match. The curve is of other data" in capsys.readouterr().out
 
 
+def test_an_output_that_is_a_file_is_refused_before_anything_is_measured(runs, tmp_path, capsys):
+    (tmp_path / "out").touch()
+    assert cli(["bounds", str(runs / "digits"), "--draws", "100000000", "-o", str(tmp_path / "out")]) == 2
+    assert "is not a folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

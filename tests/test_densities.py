@@ -269,3 +269,30 @@ def test_a_bad_argument_is_named(build, kind, message):
     with pytest.raises(kind) as raised:
         build()
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize(
+    ("scheme", "name"), [("none", "flow_uniform"), ("logit_normal", "logit_normal"), ("mode", "mode")]
+)
+def test_a_name_is_what_diffusers_draws_on_a_shifted_flow(scheme, name, shift):
+    """As its scripts do: a draw of time is an index into the scheduler's table, which is shifted."""
+    scheduler, draws = FlowMatchEulerDiscreteScheduler(shift=shift), 4000
+    generator = torch.Generator().manual_seed(0)
+    u = compute_density_for_timestep_sampling(scheme, draws, 0.0, 1.0, 1.29, generator=generator)
+    schedule = as_schedule(scheduler)
+    drawn = schedule.log_snr(scheduler.timesteps[(u * 1000).long().clamp(max=999)]).numpy()
+    density = as_density(name, schedule)
+    quantiles = density.icdf(torch.linspace(0, 1, 100_001, dtype=torch.float64)).numpy()
+    _, p = stats.kstest(drawn, lambda x: np.searchsorted(quantiles, x) / 100_000)
+    assert p > 0.01
+    if shift != 1:
+        unshifted = DENSITIES[name]().icdf(torch.linspace(0, 1, 100_001, dtype=torch.float64)).numpy()
+        assert stats.kstest(drawn, lambda x: np.searchsorted(unshifted, x) / 100_000).pvalue < 1e-12
+
+
+def test_cosmap_is_shifted_like_the_others():
+    u = torch.linspace(0.01, 0.99, 9, dtype=torch.float64)
+    moved = as_density("cosmap", FlowSchedule(shift=3.0)).icdf(u)
+    torch.testing.assert_close(moved, Cosine().icdf(u) - 2 * math.log(3))
+    assert as_density("cosine", FlowSchedule(shift=3.0)) == Cosine()  # no time of a flow

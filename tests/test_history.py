@@ -169,3 +169,15 @@ def test_a_bad_argument_is_named(build, message):
     with pytest.raises(ValueError, match="must") as raised:
         build()
     assert str(raised.value) == message
+
+
+def test_in_inference_mode_it_stays_fit_for_training():
+    with torch.inference_mode():
+        history = LossHistory(EDGES, length=2)
+    history.update(torch.ones(4), torch.tensor([-2.0, -2.0, 2.0, 2.0]))
+    with torch.inference_mode():
+        history.sync()
+        history.load_state_dict(history.state_dict())
+    history.update(torch.ones(1), torch.zeros(1))
+    history.sync()
+    assert history.compute().count.tolist() == [2, 0, 0, 2]

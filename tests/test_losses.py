@@ -256,3 +256,20 @@ def test_a_loss_needs_one_timestep_per_sample(t):
 def test_an_unknown_reduction_lists_the_choices():
     with pytest.raises(ValueError, match=r"Unknown reduction 'average'; choose one of \['mean', 'sum', 'none'\]."):
         weighted_loss(torch.ones(4, 3), torch.zeros(4, 3), T, "linear", reduction="average", **EPSILON)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", FlowSchedule(), EDMSchedule(0.5)])
+def test_on_a_device_nothing_is_waited_for(schedule):
+    """A ``meta`` tensor has no values to read."""
+    t = torch.empty(4, device="meta", dtype=torch.float32)
+    assert loss_weight(t, schedule, "min_snr", prediction_type="epsilon").device.type == "meta"
+
+
+def test_a_negative_weight_is_said_to_be_one():
+    with pytest.raises(ValueError, match=r"`method` must return weights >= 0, got -\d"):
+        loss_weight(torch.tensor([3]), "linear", lambda log_snr: log_snr, prediction_type="epsilon")
+
+
+def test_an_empty_prediction_type_is_none():
+    with pytest.raises(ValueError, match="prediction_type"):
+        loss_weight(torch.tensor([3]), DDPMScheduler(), "min_snr", prediction_type="")

@@ -244,3 +244,15 @@ def test_the_clean_end_of_a_flow_with_s_min_is_outside():
         FlowSchedule(s_min=0.01).check(f64(0.0))
     with pytest.raises(ValueError, match=r"\[0, 1\), got 1.0"):
         FlowSchedule(s_min=0.01, reversed=True).check(f64(1.0))
+
+
+def test_between_timesteps_at_infinite_log_snr():
+    schedule = DiscreteSchedule(torch.tensor([1.0, 0.9, 0.5, 0.0, 0.0], dtype=torch.float64))
+    found = schedule.log_snr(torch.tensor([0, 0.5, 1.5, 2.5, 3.5, 4]))
+    assert found.tolist() == [math.inf, math.inf, pytest.approx(math.log(9) / 2), -math.inf, -math.inf, -math.inf]
+
+
+@pytest.mark.parametrize("t", [-0.5, 999.5, math.nan])
+def test_a_float_outside_the_table_has_no_log_snr(t):
+    """``check`` says so where it costs no wait for a device."""
+    assert as_schedule("linear").log_snr(torch.tensor([t])).isnan()

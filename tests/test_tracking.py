@@ -428,3 +428,29 @@ def test_since_counts_what_came_after_a_snapshot():
     assert tracker.since(5).mean.item() == pytest.approx(5.5)
     with pytest.raises(ValueError, match=r"forgets nothing, got decay 0\.5"):
         LossVarianceTracker(decay=0.5).since(0)
+
+
+@pytest.mark.parametrize("options", [{}, {"decay": 0.5}, {"window": 1}, {"snapshot_every": 1}])
+def test_reading_in_inference_mode_leaves_it_fit_for_training(options):
+    """As a function that logs may be decorated."""
+    tracker, plain = LossVarianceTracker(**options), LossVarianceTracker(**options)
+    for seed in range(3):
+        for one in (tracker, plain):
+            one.update(*batch(8, seed))
+        with torch.inference_mode():
+            tracker.report()
+            tracker.load_state_dict(tracker.state_dict())
+        plain.report()
+    assert torch.equal(tracker.compute().count, plain.compute().count)
+    with torch.inference_mode():
+        made = LossVarianceTracker(**options)
+    made.update(*batch(8, 0))
+    assert made.compute().count.sum() > 0
+
+
+def test_scalars_of_narrow_bins_have_names_of_their_own():
+    tracker = LossVarianceTracker(bins=400)
+    tracker.update(torch.ones(4000), torch.linspace(-15.99, 15.99, 4000))
+    scalars = tracker.compute().scalars()
+    assert sum("/mean_at_" in name for name in scalars) == 400
+    assert "loss_by_noise/mean_at_-15.96" in scalars

@@ -15,6 +15,7 @@ from training import EXAMPLES, TINY, assert_bit_equal, final_state, main
 
 import snrweights
 from snrweights import get_weighting
+from snrweights.runs import read_runs
 
 pytestmark = pytest.mark.slow
 SCRIPT = EXAMPLES / "train.py"
@@ -290,10 +291,14 @@ def test_the_variance_of_runs_is_drawn_from_their_folders(run, tmp_path, monkeyp
     variance_by_noise.main()
     assert str(figure) in capsys.readouterr().out
     assert figure.stat().st_size > 10_000
-    statistics, curve = variance_by_noise.read(run[0])
-    assert statistics.count.sum() == 3 * 64  # no snapshot before half of the run
-    assert repr(curve.weighting) == "SmoothedKL(tau=0.2, coords='vp')"
-    assert curve.mean() == pytest.approx(1)
+    (read,) = read_runs([run[0]])
+    assert read.statistics().count.sum() == 3 * 64  # no snapshot before half of the run
+    assert repr(read.curve.weighting) == "SmoothedKL(tau=0.2, coords='vp')"
+    (run[0].parent / "empty").mkdir()
+    (run[0].parent / "empty" / "results.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["variance_by_noise.py", str(run[0].parent / "empty")])
+    with pytest.raises(SystemExit, match=r"empty has no tracker.safetensors or no weight. there is no config.yaml"):
+        variance_by_noise.main()
 
 
 def stub_trainer(options):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from snrweights.densities import Density
+from snrweights.densities import Density, exact
 from snrweights.drawn import as_density
 from snrweights.predictions import check_prediction_type
 from snrweights.schedulers import as_schedule
@@ -151,7 +151,9 @@ class Weighting(Formula, ABC):
     ) -> WeightCurve:
         """Return the weight as a function of log-SNR, in float64; arguments as for ``bind``."""
         schedule = as_schedule(schedule)
-        prediction_type = check_prediction_type(prediction_type or schedule.prediction_type)
+        if prediction_type is None:
+            prediction_type = schedule.prediction_type
+        prediction_type = check_prediction_type(prediction_type)
         _check_normalize(normalize)
         if clamp_max is not None and not (_is_number(clamp_max) and clamp_max > 0):
             raise ValueError(f"`clamp_max` must be > 0, got {clamp_max!r}.")
@@ -231,7 +233,9 @@ class CallableWeighting(Weighting):
         if not isinstance(weight, Tensor) or weight.shape != log_snr.shape:
             got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
             raise ValueError(f"The callable `method` must return a tensor of shape {tuple(log_snr.shape)}, got {got}.")
-        return weight.double().log()
+        if weight.device.type == "cpu" and bool((weight < 0).any()):
+            raise ValueError(f"The callable `method` must return weights >= 0, got {weight.min().item():g}.")
+        return exact(weight).log()
 
 
 _REGISTRY: dict[str, type[Weighting]] = {}
