@@ -136,7 +136,8 @@ class BoundALSR(BoundWeighting):
 
     Weights are detached, nothing waits for the device, and there is one collective of three numbers per call, with
     ``center_on`` per step. Timesteps at infinite log-SNR and losses that are not finite are left out of the means. With
-    ``"batch"`` a single sample is its own mean: its weight is EDM's.
+    ``"batch"`` a single sample is its own mean: its weight is EDM's. Every call counts as one of training: with
+    ``"ema"`` weigh held-out batches by a copy.
 
     Example:
         >>> from snrweights import get_weighting
