@@ -186,6 +186,7 @@ def train(options: Any, begin: Begin[T], finish: Finish[T]) -> T:
     facts = finish(trainer, log)
     if main_process:
         end(options, log, commit=commit, **facts)
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     return trainer
 

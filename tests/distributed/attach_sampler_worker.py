@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from attach_worker import make
 from diffusers import DDPMScheduler
+from leaving import leave
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
@@ -34,7 +35,7 @@ def main(output):
     state = handle.sampler.state_dict()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     save_file({"timesteps": torch.stack(drawn), **state, **gradients}, Path(output) / f"{rank}.safetensors")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

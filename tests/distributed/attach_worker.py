@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D, DownBlock2D
+from leaving import leave
 from safetensors.torch import save_file
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -224,7 +225,7 @@ def main(output):
                 tensors |= {f"{case}/{key}": value for key, value in found.items()}
     save_file(tensors, Path(output) / f"tensors-{rank}.safetensors")
     (Path(output) / f"facts-{rank}.json").write_text(json.dumps(facts, indent=2))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

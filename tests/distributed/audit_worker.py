@@ -11,6 +11,7 @@ from pathlib import Path
 import attach_worker as worker
 import torch
 import torch.distributed as dist
+from leaving import leave
 
 CASES = (
     "ddp",
@@ -59,7 +60,7 @@ def main(output):
         except Exception:
             facts[name] = {"error": traceback.format_exc()}
     (Path(output) / f"facts-{rank}.json").write_text(json.dumps(facts, indent=2))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

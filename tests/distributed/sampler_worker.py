@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from leaving import leave
 from safetensors.torch import save_file
 
 from snrweights import DiscreteSchedule, ImportanceSampler
@@ -71,4 +72,4 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     own = dist.get_rank()
     save_file(results(own, dist.get_world_size(), all_reduce), Path(sys.argv[1]) / f"{own}.safetensors")
-    dist.destroy_process_group()
+    leave()
