@@ -87,14 +87,18 @@ def final(
     reference: str,
     by: Sequence[str] = (),
 ) -> Section:
-    """The last value of metrics: mean and spread by level, each tested against the reference."""
+    """The last value of metrics: mean and spread by level, each tested against the reference.
+
+    Where ``by`` makes several blocks, one of a single level is left out: nothing is compared there.
+    """
     rows = []
     for metric, (title, found) in itertools.product(metrics, list(blocks(study, records, by))):
-        base = [record.last(metric) for record in select(found, {compare: reference})]
-        for level in study.axes[compare]:
-            values = [record.last(metric) for record in select(found, {compare: level})]
-            if not values:
-                continue
+        ends = {level: [r.last(metric) for r in select(found, {compare: level})] for level in study.axes[compare]}
+        ends = {level: values for level, values in ends.items() if values}
+        if by and len(ends) == 1:
+            continue
+        base = ends.get(reference, [])
+        for level, values in ends.items():
             one, other = {compare: level}, {compare: reference}
             less = None if level == reference else estimate(lower(found, one, other, metric))
             t, degrees, p = (math.nan,) * 3 if level == reference else welch(values, base)

@@ -96,7 +96,7 @@ def page(
         f"The second redraws everything from `runs.jsonl`. {len(records)} runs, seeds {listed(facts['seeds'])}, "
         f"{facts['hours']:.1f} hours by the clock, added up over runs, with whatever else the machine did; "
         f"threads of a run: {listed(facts['threads'])}; "
-        f"commits {listed(map(short, facts['commits']))}; "
+        f"{commits_of(facts['commits'])}; "
         f"{listed(f'{name} {version}' for name, version in facts['versions'])}.\n",
     ]
     return "\n".join(parts)
@@ -141,6 +141,18 @@ def made(records: Sequence[Record]) -> dict[str, Any]:
         "versions": sorted({item for record in records for item in record.made["versions"].items()}),
         "times": [min(times), max(times)] if (times := every("time")) else [],
     }
+
+
+def commits_of(found: Sequence[str]) -> str:
+    """Write commits; of more than three, how many they are and which file lists them.
+
+    Example:
+        >>> commits_of(["8641cb49a1f2b3c4d5+changes"]), commits_of(["a"] * 4)
+        ('commits 8641cb49a1+changes', '4 commits (listed in `results.json`)')
+    """
+    if len(found) > 3:
+        return f"{len(found)} commits (listed in `results.json`)"
+    return f"commits {listed(map(short, found))}"
 
 
 def short(commit: str) -> str:

@@ -34,10 +34,10 @@ def save_results(path: str | os.PathLike[str], *, commit: str | None, **results:
 
 
 def commit_of(folder: Path) -> str | None:
-    """Return the commit of the repository in which a folder lies, None where there is none (or no git).
+    """Return the commit of the code in whose repository a folder lies, None where there is none (or no git).
 
-    Where Python or YAML files of it differ from that commit, ``+changes`` follows: what else a run or a study writes
-    there is no code.
+    It is the last one that changed a Python or YAML file: what else a run or a study writes and commits is no code.
+    Where such files differ from it, ``+changes`` follows.
     """
 
     def git(*words: str) -> str:
@@ -45,11 +45,12 @@ def commit_of(folder: Path) -> str | None:
         return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        commit = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--", ":(top)*.py", ":(top)*.yaml")
+        code = ("--", ":(top)*.py", ":(top)*.yaml")
+        commit = git("log", "-1", "--format=%H", *code)
+        changed = git("status", "--porcelain", *code)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit + ("+changes" if changed else "")
+    return commit + ("+changes" if changed else "") if commit else None
 
 
 class MetricsLog:

@@ -5,6 +5,7 @@ import ast
 import doctest
 import importlib
 import inspect
+import json
 import pkgutil
 import re
 from pathlib import Path
@@ -75,6 +76,21 @@ def test_the_guide_to_bounds_has_numbers_of_the_results():
     shown = [row for row in rows if row.startswith("|")]
     assert len(shown) > 15
     assert [row for row in shown if row not in table] == []
+
+
+def test_the_readme_has_numbers_of_the_results():
+    found = json.loads((ROOT / "examples" / "results" / "weights-digits" / "results.json").read_text())
+
+    def mean(claim):
+        values = found["claims"][claim]["estimate"]["values"]
+        return sum(lower for lower, _ in values) / len(values)
+
+    text = " ".join((ROOT / "README.md").read_text().split())
+    closer, pixels, linear, cosine = mean(0), mean(3), -mean(5), -mean(6)
+    assert f"{closer:.1f}" == f"{mean(1):.1f}"
+    assert f"they are {closer:.1f} times closer to each other" in text
+    assert f"Smoothed-KL needs {100 * pixels:.0f} % fewer steps" in text
+    assert f"ends {100 * linear:.0f} % higher on the linear and {100 * cosine:.0f} % on the cosine one" in text
 
 
 def test_the_guide_to_samplers_has_every_density_and_every_rule():

@@ -22,6 +22,8 @@ def test_the_commit_is_that_of_the_code_and_says_when_the_code_was_changed(tmp_p
     assert commit_of(code.parent) == commit
     records.write_text("2\n")  # what a study writes is no change of the code
     assert commit_of(code.parent) == commit
+    git("commit", "-q", "-a", "-m", "Results")  # nor is it when committed
+    assert commit_of(code.parent) == commit
     code.write_text("2\n")
     assert commit_of(records.parent) == f"{commit}+changes"
     git("checkout", "-q", "code")
