@@ -273,7 +273,7 @@ def by_noise(
         for title, found in blocks(study, records, by)
     }
     figure = figures.profiles(panels, profile)
-    text, rows = "Means over seeds.\n", []
+    text, rows = "Means over seeds, at the noise levels that every run has met often enough.\n", []
     for title, found in blocks(study, records, by) if window else ():
         for level in study.axes[compare]:
             if values := [mean_profile(run, profile, window) for run in select(found, {compare: level})]:
@@ -350,10 +350,10 @@ def scaling(
 
 
 def _mean_profile(profiles: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[list[float], list[float]]:
-    """Return the mean over runs at every level that any of them has."""
+    """Return the mean over runs at the levels that every one of them has."""
     found: dict[float, list[float]] = {}
     for log_snr, values in profiles:
         for level, value in zip(log_snr, values, strict=True):
             found.setdefault(level, []).append(value)
-    levels = sorted(found)
+    levels = sorted(level for level, values in found.items() if len(values) == len(profiles))
     return levels, [float(np.mean(found[level])) for level in levels]
