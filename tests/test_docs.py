@@ -93,6 +93,21 @@ def test_the_readme_has_numbers_of_the_results():
     assert f"ends {100 * linear:.0f} % higher on the linear and {100 * cosine:.0f} % on the cosine one" in text
 
 
+def test_the_guide_to_experiments_counts_the_verdicts_of_every_study_that_is_done():
+    guide = (ROOT / "examples" / "guides" / "experiments.md").read_text()
+    verdicts = ["seen", "not seen", "not decidable at this size"]
+    rows = []
+    for name in sorted(path.stem for path in (ROOT / "examples" / "studies").glob("*.yaml")):
+        results = ROOT / "examples" / "results" / name / "results.json"
+        if results.exists():
+            found = [claim["verdict"] for claim in json.loads(results.read_text())["claims"]]
+            counts = [found.count(verdict) for verdict in verdicts]
+            assert sum(counts) == len(found)
+            rows.append(f"| [`{name}`](../results/{name}/README.md) | " + " | ".join(map(str, counts)) + " |")
+    assert rows
+    assert [row for row in rows if row not in guide] == []
+
+
 def test_the_guide_to_samplers_has_every_density_and_every_rule():
     guide = (ROOT / "examples" / "guides" / "samplers.md").read_text()
     assert [name for name in (*DENSITIES, *RULES) if f"| `{name}` |" not in guide] == []
